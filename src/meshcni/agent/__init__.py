@@ -1,0 +1,1 @@
+"""`install-cni`: the node agent, one asyncio process."""

@@ -1,0 +1,1 @@
+"""`meshcni`: the people's command line."""

@@ -1,0 +1,1 @@
+"""Effects on this machine: network namespaces, netfilter, routes, files, sockets."""

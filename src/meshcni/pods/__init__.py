@@ -1,0 +1,1 @@
+"""Decisions about pods, as pure functions: who is in the mesh, and with which parameters."""

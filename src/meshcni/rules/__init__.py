@@ -1,0 +1,1 @@
+"""Packet rules as values: built, rendered, parsed, compared and put into words, without touching a kernel."""

@@ -1,0 +1,291 @@
+"""A rule set as frozen values: tables, chains, rules (matches, one action, a why), policy rules, routes, addresses.
+
+Matches of a rule stand in the order in which nft evaluates and lists them; the iptables renderer has its own canonical
+order (interface, addresses, protocol, ports, match extensions), because iptables-save prints in that order whatever was
+typed. A chain's rules stand in the order in which the kernel will hold them: inserts are resolved by the builder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+from meshcni.pods.interception import NumberRange
+
+
+class Family(Enum):
+    """An address family; a rule without one is for both."""
+
+    V4 = 4
+    V6 = 6
+
+
+class TableName(Enum):
+    """The netfilter tables of the contract, in the order in which nft transactions declare them."""
+
+    NAT = "nat"
+    MANGLE = "mangle"
+    RAW = "raw"
+    FILTER = "filter"
+
+
+class Backend(Enum):
+    """Who programs the kernel."""
+
+    IPTABLES = "iptables"
+    NFTABLES = "nftables"
+
+
+# --- matches -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InInterface:
+    """Arrived on interface `name` (at most 15 bytes)."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutInterface:
+    """Leaves by interface `name` (at most 15 bytes)."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """Transport protocol, `tcp` or `udp`."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Source address in (or, negated, not in) a network."""
+
+    network: IPv4Network | IPv6Network
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Destination address in (or, negated, not in) a network."""
+
+    network: IPv4Network | IPv6Network
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationPort:
+    """Destination port of `protocol` is one of `ports` (more than one: iptables' multiport, an anonymous nft set)."""
+
+    protocol: str
+    ports: tuple[NumberRange, ...]
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePort:
+    """Source port of `protocol` is in `ports`."""
+
+    protocol: str
+    ports: tuple[NumberRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SocketUser:
+    """The sending socket's user id."""
+
+    uid: NumberRange
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SocketGroup:
+    """The sending socket's group id."""
+
+    gid: NumberRange
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionState:
+    """Connection tracking state is one of `states` (`invalid`, `related`, `established`), in listing order."""
+
+    states: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PacketMark:
+    """The packet's mark under `mask`."""
+
+    mark: int
+    mask: int = 0xFFFFFFFF
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionMark:
+    """The connection's mark under `mask`."""
+
+    mark: int
+    mask: int = 0xFFFFFFFF
+    negated: bool = False
+
+
+Match = (
+    InInterface
+    | OutInterface
+    | Protocol
+    | Source
+    | Destination
+    | DestinationPort
+    | SourcePort
+    | SocketUser
+    | SocketGroup
+    | ConnectionState
+    | PacketMark
+    | ConnectionMark
+)
+
+
+# --- actions -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """Let the packet pass this hook."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Discard the packet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """Go back to the calling chain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """Continue in chain `chain` (the name as in the model: iptables spelling, see `Chain.name`)."""
+
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """Change the destination to this host's `port`."""
+
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransparentProxy:
+    """Deliver to the local socket on `port` with the destination kept, and mark the packet."""
+
+    port: int
+    mark: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetMark:
+    """Set the packet's mark."""
+
+    mark: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaveMark:
+    """Copy the packet's mark to its connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreMark:
+    """Copy the connection's mark to the packet."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConntrackZone:
+    """Track the packet in conntrack zone `zone`."""
+
+    zone: int
+
+
+Action = (
+    Accept | Drop | Return | Jump | Redirect | TransparentProxy | SetMark | SaveMark | RestoreMark | ConntrackZone
+)
+
+
+# --- rule sets ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule; `why` is a sentence a person understands, `family` is None for both families."""
+
+    matches: tuple[Match, ...]
+    action: Action
+    why: str
+    family: Family | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain with its rules in kernel order.
+
+    `name` is the iptables spelling (`PREROUTING`, `ISTIO_INBOUND`); the nft renderer maps it (`prerouting`,
+    `istio-inbound`). Built-in chains are other people's too: of them a rule set holds only our entries.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table and its chains in creation order."""
+
+    name: TableName
+    chains: tuple[Chain, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRule:
+    """`ip rule`: packets with `mark` are looked up in routing table `table`."""
+
+    family: Family
+    mark: int
+    table: int
+    mask: int = 0xFFFFFFFF
+    priority: int | None = None  # None: the kernel chooses
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRoute:
+    """`ip route add local DESTINATION dev lo table TABLE`."""
+
+    destination: IPv4Network | IPv6Network
+    table: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoopbackAddress:
+    """An address on `lo` that the rules rely on."""
+
+    address: IPv4Address | IPv6Address
+    prefix_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ruleset:
+    """All that one owner programs in one network namespace, for the families in `families`."""
+
+    families: frozenset[Family]
+    tables: tuple[Table, ...]
+    policy_rules: tuple[PolicyRule, ...] = ()
+    routes: tuple[LocalRoute, ...] = ()
+    addresses: tuple[LoopbackAddress, ...] = ()
