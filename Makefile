@@ -1,0 +1,50 @@
+# Every target sets up what it needs; all of them run as root on a bare Debian 12 or 13.
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+SOURCES := src tests lab bench native scripts
+
+.PHONY: help setup demo test check format test-pure test-pure-313 test-kernel test-node test-cluster test-image bench plugin expected reference clean
+
+help:            ## this list
+	@grep -hE '^[a-z0-9-]+: .*##' Makefile | sed -E 's/: .*##/\t/' | expand -t 16
+
+setup:           ## install everything the other targets need
+	@scripts/setup
+
+demo: plugin     ## a real containerd starts three pods, a real Envoy gets their traffic
+	@$(PYTHON) -m lab.demo
+
+check: setup     ## format, lint, types, contracts, pure tests
+	@scripts/check
+
+test: plugin     ## all tiers that this machine can run
+	@scripts/test
+
+test-pure: setup ## pure tier, with Python 3.13 too when there is one
+	@scripts/test pure
+
+test-kernel: setup ## real netfilter and packets in namespaces of the tests
+	@scripts/test kernel
+
+test-node: plugin ## containerd, Envoy, the built plugin and the agent
+	@scripts/test node
+
+bench: plugin    ## costs as ratios to yardsticks of the same run
+	@$(PYTHON) -m bench
+
+plugin: setup    ## build/istio-cni, one static executable
+	@scripts/build-plugin
+
+expected: setup  ## write the expected rule files anew; read the diff before committing it
+	@scripts/expected
+
+reference: setup ## write docs/reference anew from the tables in the code
+	@scripts/reference
+
+format: setup    ## format the code in place
+	@.venv/bin/ruff check --fix -q $(SOURCES) || true
+	@.venv/bin/ruff format -q $(SOURCES)
+
+clean:           ## remove what the targets built; the next one sets up again
+	rm -rf build .venv .venv-3.13 .tools .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
