@@ -1,0 +1,91 @@
+"""Body of `POST /log` on `log.sock`: a JSON array of strings, each one a log line of a plugin as a JSON object.
+
+Upstream: cni/pkg/log/uds.go (server), cni/pkg/plugin/plugin.go (client). Text from a plugin carries names that users
+choose, so control characters are escaped before anything is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from meshcni.errors import ProtocolError
+
+LEVELS = frozenset({"debug", "info", "warn", "error"})  # upstream drops every other level, `fatal` too
+MAX_MESSAGE_CHARACTERS = 8192
+MAX_LABELS = 32
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """One line of a plugin: `time` is RFC 3339 as sent, `labels` are the remaining keys as printable text."""
+
+    time: str
+    level: str
+    message: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LogBatch:
+    """The usable lines of one request in order, and why each of the others was dropped."""
+
+    lines: tuple[LogLine, ...]
+    dropped: tuple[str, ...]
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters and line separators as backslash escapes, so that it stays on one line."""
+    return _CONTROL.sub(
+        lambda match: f"\\x{ord(match[0]):02x}" if ord(match[0]) < 256 else f"\\u{ord(match[0]):04x}", text
+    )
+
+
+def decode_lines(body: bytes) -> LogBatch:
+    """Take one request's body apart; raises ProtocolError (`malformed`) when it is no JSON array of strings."""
+    try:
+        entries = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("malformed", f"log request is not JSON: {error}") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ProtocolError("malformed", "log request is not a JSON array of strings")
+    lines: list[LogLine] = []
+    dropped: list[str] = []
+    for entry in entries:
+        line = _decode_line(entry)
+        if isinstance(line, LogLine):
+            lines.append(line)
+        else:
+            dropped.append(line)
+    return LogBatch(tuple(lines), tuple(dropped))
+
+
+def _decode_line(entry: str) -> LogLine | str:
+    """Return the line, or why it is dropped."""
+    try:
+        values = json.loads(entry)
+    except (ValueError, RecursionError):
+        return "entry is not JSON"
+    if not isinstance(values, dict):
+        return "entry is not a JSON object"
+    for key in ("msg", "level", "time"):
+        if not isinstance(values.get(key), str):
+            return f"entry has no text in {key!r}"
+    if values["level"] not in LEVELS:
+        return f"level {printable(values['level'])[:40]!r} is none of {', '.join(sorted(LEVELS))}"
+    if not _RFC3339.fullmatch(values["time"]):
+        return f"time {printable(values['time'])[:40]!r} is not RFC 3339"
+    rest = [(key, value) for key, value in values.items() if key not in ("msg", "level", "time")][:MAX_LABELS]
+    labels = {printable(key)[:200]: _label_text(value) for key, value in rest}
+    message = printable(values["msg"].strip())[:MAX_MESSAGE_CHARACTERS]
+    return LogLine(values["time"], values["level"], message, labels)
+
+
+def _label_text(value: object) -> str:
+    """Any JSON value as one line."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return printable(text)[:MAX_MESSAGE_CHARACTERS]
