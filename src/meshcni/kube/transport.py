@@ -1,0 +1,138 @@
+"""HTTP to the API server: lightkube reads the configuration and makes TLS and authentication, httpx2 moves the bytes.
+
+Importing this module loads both (about 100 ms, 14 MiB), so client.py does it on a thread when the first call is made.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+from lightkube.config.client_adapter import ConnectionParams
+from lightkube.core.exceptions import ConfigError
+
+from meshcni.kube import failures
+from meshcni.kube.credentials import Access, Stamp, TokenFile, file_stamp
+from meshcni.kube.failures import ApiError, without_answer
+
+CONNECT_SECONDS = 5.0
+MAX_CONNECTIONS = 16  # watches hold one each; the rest are short calls
+KEEPALIVE_SECONDS = 30.0
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A complete answer; header names are lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True)
+class OpenAnswer:
+    """An answer whose body still streams in."""
+
+    status: int
+    headers: Mapping[str, str]
+    chunks: AsyncIterator[bytes]
+
+
+class Transport:
+    """One connection pool to one API server. Every failure comes out as ApiError with status 0."""
+
+    def __init__(self, access: Access) -> None:
+        try:
+            config = access.load()
+            # As with Go's clients, proxies of the environment are used, but never towards our own machine.
+            trust_env = urlsplit(config.cluster.server).hostname not in LOOPBACK_HOSTS
+            arguments = ConnectionParams(timeout=None, trust_env=trust_env).httpx_params(config)
+        except (OSError, ConfigError, ValueError) as error:
+            raise ApiError(
+                0,
+                f"cannot make a client for the API server: {type(error).__name__}: {error}",
+                "check the CA file, the client certificate and the kubeconfig",
+                cause=failures.CREDENTIALS,
+            ) from error
+        self.token: TokenFile | None = access.token_file()
+        if self.token is not None:
+            arguments["auth"] = None  # client.py adds the token
+        self._ca_file = access.ca_file
+        self._ca_stamp: Stamp | None = file_stamp(self._ca_file)
+        self._tls: ssl.SSLContext = arguments["verify"]
+        limits = httpx2.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=KEEPALIVE_SECONDS)
+        self._http = httpx2.AsyncClient(**arguments, limits=limits, follow_redirects=False)
+
+    async def close(self) -> None:
+        """End all connections, watches too."""
+        await self._http.aclose()
+
+    async def request(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, read_seconds: float
+    ) -> Answer:
+        """One call with its whole answer; `path` carries the query. The caller sets the deadline over everything."""
+        async with self.stream(method, path, headers, body, read_seconds) as answer:
+            content = b"".join([chunk async for chunk in answer.chunks])
+            return Answer(answer.status, answer.headers, content)
+
+    @asynccontextmanager
+    async def stream(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, read_seconds: float
+    ) -> AsyncIterator[OpenAnswer]:
+        """One call; `read_seconds` is the longest silence allowed, before the answer and within it."""
+        self._follow_ca_rotation()
+        timeout = httpx2.Timeout(read_seconds, connect=CONNECT_SECONDS, pool=read_seconds)
+        call = f"{method} {path}"
+        try:
+            request = self._http.build_request(method, path, headers=dict(headers), content=body, timeout=timeout)
+            response = await self._http.send(request, stream=True)
+        except (httpx2.HTTPError, httpx2.InvalidURL, ConfigError, OSError) as error:
+            raise _no_answer(call, error) from error
+        try:
+            yield OpenAnswer(response.status_code, response.headers, _chunks(call, response))
+        finally:
+            await response.aclose()
+
+    def _follow_ca_rotation(self) -> None:
+        """A CA that was rotated in is trusted by the next handshake; the one before stays trusted until a restart."""
+        stamp = file_stamp(self._ca_file) if self._ca_file else None
+        if stamp is None or stamp == self._ca_stamp:
+            return
+        try:
+            self._tls.load_verify_locations(cafile=self._ca_file)
+        except (OSError, ssl.SSLError):
+            return  # half-written: looked at again at the next call
+        self._ca_stamp = stamp
+
+
+async def _chunks(call: str, response: Any) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in response.aiter_bytes():
+            yield chunk
+    except httpx2.ReadTimeout as error:
+        raise without_answer(failures.SILENCE, call, "nothing came for longer than it should") from error
+    except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
+        raise _no_answer(call, error) from error
+
+
+def _no_answer(call: str, error: Exception) -> ApiError:
+    return without_answer(_cause(error), call, f"{type(error).__name__}: {error}".rstrip(": "))
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, httpx2.ConnectError):
+        below: BaseException | None = error
+        while below is not None:
+            if isinstance(below, ssl.SSLError):
+                return failures.TLS
+            below = below.__cause__ or below.__context__
+        return failures.CONNECT
+    if isinstance(error, httpx2.ConnectTimeout):
+        return failures.CONNECT
+    return failures.TIMEOUT if isinstance(error, httpx2.TimeoutException) else failures.BROKEN
