@@ -47,6 +47,8 @@ class Everything:
 
 
 EVERYTHING = Everything()
+DEFAULT_LOOPBACK = IPv4Network(istio.LOOPBACK_CIDR)
+NO_INTERCEPTION = "NONE"  # the injector's mode for a sidecar that captures nothing; such a pod has no parameters
 
 PortSelection = Everything | tuple[NumberRange, ...]
 CidrSelection = Everything | tuple[Network, ...]
@@ -88,4 +90,4 @@ class Interception:
     owner_groups_exclude: tuple[NumberRange, ...] = ()
     tproxy_mark: int = istio.TPROXY_MARK
     tproxy_table: int = istio.TPROXY_TABLE
-    loopback_cidr: IPv4Network = IPv4Network(istio.LOOPBACK_CIDR)
+    loopback_cidr: IPv4Network = DEFAULT_LOOPBACK
