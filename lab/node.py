@@ -1,0 +1,241 @@
+"""A node: private mount, network, pid, ipc and uts namespaces under one process 1, and the means to run things in them.
+
+Ending process 1 makes the kernel end every process of the node, and with them every mount, netns and interface. What
+outlives that, the folder and the cgroups, carries the node's name, so that `lab.clean` can find it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self, TypeVar
+
+from lab import namespaces
+
+T = TypeVar("T")
+PREFIX = "meshcni-lab-"
+HERE = Path(__file__).parent
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+START_SECONDS = 20.0
+STOP_SECONDS = 10.0
+CLEAN_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+
+
+class LabError(Exception):
+    """The lab cannot run here, or a part of it failed; the text says which and why."""
+
+
+class Node:
+    """Context manager; inside the `with` the node runs. `folder` is on the host's disk and seen at the same path inside.
+
+    `netns` is the path of the node's own netns (loopback only, no default route) as seen from outside.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.folder = Path()
+        self.pid = 0
+        self.netns = ""
+        self._outer: subprocess.Popen[bytes] | None = None
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._doorway: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        reason = missing_requirements()
+        if reason:
+            raise LabError(reason)
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self.name = self.folder.name
+        self.folder.chmod(0o755)
+        (self.folder / "log").mkdir()
+        (self.folder / "owner").write_text(f"{os.getpid()} {start_ticks(os.getpid())}")
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def path(self, inside: str) -> Path:
+        """Return the path from outside of what the node sees as `inside`."""
+        return Path(f"/proc/{self.pid}/root{inside}")
+
+    def log_path(self, name: str) -> Path:
+        """Return the file that takes the output of the program `name`."""
+        return self.folder / "log" / f"{name}.log"
+
+    def call(self, function: Callable[[], T], netns: str = "") -> T:
+        """Run `function` on the thread that lives in the node: what it starts is a process of the node.
+
+        `netns`: path from outside of the netns to be in meanwhile, the node's own by default.
+        """
+        if self._doorway is None:
+            raise LabError("the node is not running")
+        inside = netns or self.netns
+
+        def work() -> T:
+            namespaces.enter(self._as_seen_inside(inside), namespaces.CLONE_NEWNET)
+            return function()
+
+        pending: Future[T] = self._doorway.submit(work)
+        return pending.result()
+
+    def spawn(
+        self,
+        arguments: Sequence[str],
+        *,
+        netns: str = "",
+        environment: Mapping[str, str] | None = None,
+        log: str = "",
+        **options: Any,
+    ) -> subprocess.Popen[bytes]:
+        """Start a process in the node; `log` names its log file, `options` are those of Popen (user, group, stdin)."""
+        output: IO[bytes] | int = subprocess.DEVNULL
+        if log:
+            output = self.log_path(log).open("ab")
+        settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, **options}
+        full = {**CLEAN_ENVIRONMENT, **(environment or {})}
+        try:
+            process = self.call(lambda: subprocess.Popen(arguments, env=full, cwd="/", **settings), netns)
+        finally:
+            if not isinstance(output, int):
+                output.close()
+        self._processes = [other for other in self._processes if other.poll() is None] + [process]
+        return process
+
+    def run(
+        self, arguments: Sequence[str], *, netns: str = "", text: str = "", timeout_seconds: float = 60, **options: Any
+    ) -> str:
+        """Run a command in the node to its end, with `text` on its stdin, and return its stdout; LabError when it fails."""
+        process = self.spawn(
+            arguments, netns=netns, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+        )
+        try:
+            output, errors = process.communicate(text.encode(), timeout=timeout_seconds)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        if process.returncode != 0:
+            raise LabError(f"{' '.join(arguments)}: exit {process.returncode}: {errors.decode().strip()}")
+        return output.decode()
+
+    def close(self) -> None:
+        """End every process of the node and remove its folder and cgroups; safe to call twice."""
+        if self._doorway is not None:
+            self._doorway.shutdown(wait=True)
+            self._doorway = None
+        if self._outer is not None:
+            self._outer.kill()  # unshare --kill-child passes it on to process 1, whose end ends all others
+            self._outer.wait(STOP_SECONDS)
+            for process in self._processes:
+                process.wait(STOP_SECONDS)
+            self._outer, self._processes = None, []
+        if self.name:
+            remove_leftovers(self.name, self.folder)
+            self.name = ""
+
+    def _start(self) -> None:
+        # If this process dies, even by SIGKILL, unshare gets SIGKILL, then process 1, then the kernel ends the rest.
+        command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--net", "--pid", "--ipc", "--uts"]
+        command += ["--fork", "--kill-child", "--mount-proc", str(HERE / "init.sh"), self.name]
+        with self.log_path("init").open("wb") as errors:
+            self._outer = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, cwd="/", env=CLEAN_ENVIRONMENT
+            )
+        assert self._outer.stdout is not None
+        with self._outer.stdout as output:
+            answer = output.readline().decode().strip()
+        if answer != "ready":
+            details = self.log_path("init").read_text().strip()
+            raise LabError(f"the node's namespaces cannot be set up here: {answer} {details}")
+        self.pid = only_child(self._outer.pid)
+        self.netns = f"/proc/{self.pid}/ns/net"
+        self._doorway = ThreadPoolExecutor(1, "node-doorway")
+        self._doorway.submit(self._move_in).result()
+
+    def _move_in(self) -> None:
+        namespaces.leave_shared_filesystem()
+        namespaces.enter(self.netns, namespaces.CLONE_NEWNET)
+        namespaces.enter(f"/proc/{self.pid}/ns/pid", namespaces.CLONE_NEWPID)  # for children of this thread only
+        namespaces.enter(f"/proc/{self.pid}/ns/mnt", namespaces.CLONE_NEWNS)
+
+    def _as_seen_inside(self, netns: str) -> str:
+        if netns == self.netns:
+            return "/proc/1/ns/net"
+        return netns.removeprefix(f"/proc/{self.pid}/root")
+
+
+def missing_requirements() -> str:
+    """Return why no node can run on this machine; empty when one can."""
+    if os.geteuid() != 0:
+        return f"a lab node needs root, this is uid {os.geteuid()}"
+    programs = ("unshare", "setpriv", "mount", "ip", "containerd", "ctr", "runc", "containerd-shim-runc-v2")
+    absent = [program for program in programs if shutil.which(program, path=CLEAN_ENVIRONMENT["PATH"]) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)} (scripts/setup installs them)"
+    filesystems = Path("/proc/filesystems").read_text()
+    if "overlay" not in filesystems:
+        subprocess.run(["modprobe", "-q", "overlay"], check=False)
+        if "overlay" not in Path("/proc/filesystems").read_text():
+            return "the kernel has no overlay file system"
+    return ""
+
+
+def start_ticks(pid: int) -> int:
+    """Return when process `pid` started, in clock ticks since boot; 0 when there is none. With the pid it is unique."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return 0
+    return int(text.rpartition(")")[2].split()[19])
+
+
+def only_child(pid: int) -> int:
+    """Return the pid of the one child of process `pid`."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return int(text.split()[0])
+
+
+def remove_leftovers(name: str, folder: Path) -> None:
+    """Remove the cgroups and the folder of the node `name`, whose processes have ended or are about to."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while not remove_cgroups(name) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_cgroups(name: str) -> bool:
+    """Remove the cgroup `name` with all below it in every hierarchy; False while a process is still in one."""
+    gone = True
+    for hierarchy in (CGROUP_ROOT, *(entry for entry in CGROUP_ROOT.iterdir() if entry.is_dir())):
+        top = hierarchy / name
+        if not top.is_dir():
+            continue
+        for folder, _, _ in os.walk(top, topdown=False):
+            try:
+                os.rmdir(folder)
+            except OSError:
+                gone = False
+    return gone
+
+
+def wait_until(what: str, check: Callable[[], object], timeout_seconds: float, pause_seconds: float = 0.02) -> None:
+    """Return as soon as `check` gives something true; LabError saying `what` when it does not within the time."""
+    deadline = time.monotonic() + timeout_seconds
+    while not check():
+        if time.monotonic() > deadline:
+            raise LabError(f"not within {timeout_seconds:g} s: {what}")
+        time.sleep(pause_seconds)
