@@ -104,7 +104,13 @@ class CriClient:
         """Remove a stopped sandbox; DEL is sent a second time."""
         self._call("RemovePodSandbox", pod_sandbox_id=identifier)
 
-    def _call(self, method: str, timeout_seconds: float = CALL_SECONDS, wait: bool = False, **fields: Any) -> Any:
+    def _call(  # messages are made at run time, so their types are not known
+        self,
+        method: str,
+        timeout_seconds: float = CALL_SECONDS,
+        wait: bool = False,
+        **fields: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
         request = getattr(self._messages, f"{method}Request")
         response = getattr(self._messages, f"{method}Response")
         call = self._channel.unary_unary(

@@ -7,6 +7,7 @@ outlives that, the folder and the cgroups, carries the node's name, so that `lab
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -33,7 +34,7 @@ class LabError(Exception):
 
 
 class Node:
-    """Context manager; inside the `with` the node runs. `folder` is on the host's disk and seen at the same path inside.
+    """Context manager; inside the `with` the node runs. `folder` is on the host's disk, at the same path inside.
 
     `netns` is the path of the node's own netns (loopback only, no default route) as seen from outside.
     """
@@ -51,9 +52,9 @@ class Node:
         reason = missing_requirements()
         if reason:
             raise LabError(reason)
-        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-        self.name = self.folder.name
-        self.folder.chmod(0o755)
+        self.name = f"{PREFIX}{secrets.token_hex(4)}"  # also the node's host name
+        self.folder = Path(tempfile.gettempdir()) / self.name
+        self.folder.mkdir(mode=0o755)
         (self.folder / "log").mkdir()
         (self.folder / "owner").write_text(f"{os.getpid()} {start_ticks(os.getpid())}")
         try:
@@ -99,7 +100,7 @@ class Node:
         netns: str = "",
         environment: Mapping[str, str] | None = None,
         log: str = "",
-        **options: Any,
+        **options: Any,  # noqa: ANN401  (Popen's own)
     ) -> subprocess.Popen[bytes]:
         """Start a process in the node; `log` names its log file, `options` are those of Popen (user, group, stdin)."""
         output: IO[bytes] | int = subprocess.DEVNULL
@@ -116,9 +117,15 @@ class Node:
         return process
 
     def run(
-        self, arguments: Sequence[str], *, netns: str = "", text: str = "", timeout_seconds: float = 60, **options: Any
+        self,
+        arguments: Sequence[str],
+        *,
+        netns: str = "",
+        text: str = "",
+        timeout_seconds: float = 60,
+        **options: Any,  # noqa: ANN401
     ) -> str:
-        """Run a command in the node to its end, with `text` on its stdin, and return its stdout; LabError when it fails."""
+        """Run a command in the node to its end, `text` on its stdin, and return its stdout; LabError when it fails."""
         process = self.spawn(
             arguments, netns=netns, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
         )
