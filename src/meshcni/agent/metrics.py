@@ -1,0 +1,175 @@
+"""Every metric of the agent, in one table, and the registry that counts them.
+
+The original's names are exact (cni/pkg/install, cni/pkg/repair, cni/pkg/nodeagent: monitoring.go); `ours` marks the
+others. No `_created` series, no target_info.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from enum import Enum
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from meshcni import __version__
+
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
+
+
+class Type(Enum):
+    """Kinds of metrics."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric: `labels` are its label names, `values` says what they can be (for the reference page)."""
+
+    name: str
+    type: Type
+    meaning: str
+    labels: tuple[str, ...] = ()
+    values: str = ""
+    buckets: tuple[float, ...] = ()  # seconds
+    ours: bool = True
+
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0)
+
+INSTALLS = Metric(
+    "istio_cni_installs_total",
+    Type.COUNTER,
+    "times that the files on the node were put or found in place, and failures to do so",
+    ("result",),
+    "SUCCESS, COPY_BINARIES_FAILURE, CREATE_KUBECONFIG_FAILURE, CREATE_CNI_CONFIG_FAILURE",
+    ours=False,
+)
+INSTALL_READY = Metric("istio_cni_install_ready", Type.GAUGE, "1 when the files on the node are in place", ours=False)
+PODS_REPAIRED = Metric(
+    "istio_cni_repair_pods_repaired_total",
+    Type.COUNTER,
+    "broken pods handled",
+    ("type", "result"),
+    "type: repair, delete, label; result: success, fail, skip",
+    ours=False,
+)
+PLUGIN_REQUESTS = Metric(
+    "istio_cni_plugin_requests_total",
+    Type.COUNTER,
+    "events of plugins on pluginevent.sock",
+    ("response_code",),
+    "200, 400, 500",
+    ours=False,
+)
+RECONCILE_EVENTS = Metric(
+    "nodeagent_reconcile_events_total", Type.COUNTER, "informer events handled, ambient", ("type",), ours=False
+)
+ZTUNNEL_CONNECTED = Metric("ztunnel_connected", Type.GAUGE, "connections of ztunnel", ours=False)
+
+ADDS = Metric(
+    "istio_cni_adds_total",
+    Type.COUNTER,
+    "ADDs answered",
+    ("verdict", "reason"),
+    "verdict: sidecar, ambient, skip, error; reason: see the reasons page",
+)
+ADD_DURATION = Metric(
+    "istio_cni_add_duration_seconds",
+    Type.HISTOGRAM,
+    "time that an ADD took in the agent",
+    ("phase", "verdict"),
+    "phase: lookup (pod found), wait (for a free worker), program (rules in the kernel), total",
+    SECONDS,
+)
+ADDS_IN_PROGRESS = Metric("istio_cni_adds_in_progress", Type.GAUGE, "ADDs being served now")
+POD_LOOKUPS = Metric(
+    "istio_cni_pod_lookups_total",
+    Type.COUNTER,
+    "where the pod of an ADD was found",
+    ("source",),
+    "informer, api, failed",
+)
+REFUSED = Metric(
+    "istio_cni_requests_refused_total",
+    Type.COUNTER,
+    "requests and connections refused",
+    ("socket", "cause"),
+    "socket: agent, log, event, control, health, metrics; cause: peer, oversized, malformed, version, descriptors, "
+    "netns, slow, busy, closing",
+)
+ERRORS = Metric("istio_cni_errors_total", Type.COUNTER, "errors by class", ("class",), "see the exit codes page")
+CONF_DRIFT = Metric(
+    "istio_cni_conf_drift_total",
+    Type.COUNTER,
+    "files on the node found other than they should be",
+    ("what",),
+    "binary, kubeconfig, conf",
+)
+CONF_INVALID = Metric("istio_cni_conf_invalid_files", Type.GAUGE, "conf files of others that cannot be parsed")
+WATCH_SYNCED = Metric("istio_cni_watch_synced", Type.GAUGE, "1 when the informer holds the API's state", ("resource",))
+WATCH_OBJECTS = Metric("istio_cni_watch_objects", Type.GAUGE, "objects that the informer holds", ("resource",))
+WATCH_FAILURES = Metric(
+    "istio_cni_watch_failures", Type.GAUGE, "failures of list and watch since the start", ("resource",)
+)
+LOG_LINES = Metric(
+    "istio_cni_plugin_log_lines_total",
+    Type.COUNTER,
+    "lines that plugins sent to log.sock",
+    ("result",),
+    "printed, malformed, limited",
+)
+EVENT_LOOP_LAG = Metric("istio_cni_event_loop_lag_seconds", Type.GAUGE, "how late the last beat of the event loop was")
+BACKEND = Metric(
+    "istio_cni_backend_info",
+    Type.GAUGE,
+    "1 for what programs the rules",
+    ("backend", "variant"),
+    "backend: iptables, nftables; variant: nft, legacy, nftables",
+)
+BUILD = Metric("istio_cni_build_info", Type.GAUGE, "1 for this build", ("version", "python"))
+
+METRICS: tuple[Metric, ...] = tuple(value for value in tuple(globals().values()) if isinstance(value, Metric))
+
+
+class Metrics:
+    """Counts. One instance for each process; only the event loop's thread writes."""
+
+    def __init__(self) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = registry = CollectorRegistry()
+        of = {kind: [metric for metric in METRICS if metric.type is kind] for kind in Type}
+        self._counters = {m: Counter(m.name, m.meaning, m.labels, registry=registry) for m in of[Type.COUNTER]}
+        self._gauges = {m: Gauge(m.name, m.meaning, m.labels, registry=registry) for m in of[Type.GAUGE]}
+        self._histograms = {
+            m: Histogram(m.name, m.meaning, m.labels, registry=registry, buckets=m.buckets) for m in of[Type.HISTOGRAM]
+        }
+        ProcessCollector(registry=registry)
+        self.set(BUILD, 1, version=__version__, python=platform.python_version())
+
+    def count(self, metric: Metric, amount: float = 1, **labels: str) -> None:
+        """Add to a counter."""
+        counter = self._counters[metric]
+        (counter.labels(**labels) if labels else counter).inc(amount)
+
+    def set(self, metric: Metric, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        gauge = self._gauges[metric]
+        (gauge.labels(**labels) if labels else gauge).set(value)
+
+    def observe(self, metric: Metric, value: float, **labels: str) -> None:
+        """Add a value to a histogram."""
+        histogram = self._histograms[metric]
+        (histogram.labels(**labels) if labels else histogram).observe(value)
+
+    def text(self) -> bytes:
+        """The exposition, Prometheus text format 0.0.4."""
+        return generate_latest(self._registry)
+
+    def value(self, metric: Metric, **labels: str) -> float:
+        """The present value of one series of a counter or gauge; 0 when it was never counted."""
+        return self._registry.get_sample_value(metric.name, labels or None) or 0.0
