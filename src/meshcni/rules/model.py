@@ -37,7 +37,7 @@ class Backend(Enum):
     NFTABLES = "nftables"
 
 
-# --- matches -----------------------------------------------------------------------------------------------------------
+# --- matches ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ Match = (
 )
 
 
-# --- actions -----------------------------------------------------------------------------------------------------------
+# --- actions ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,12 +215,13 @@ class ConntrackZone:
     zone: int
 
 
-Action = (
-    Accept | Drop | Return | Jump | Redirect | TransparentProxy | SetMark | SaveMark | RestoreMark | ConntrackZone
-)
+Action = Accept | Drop | Return | Jump | Redirect | TransparentProxy | SetMark | SaveMark | RestoreMark | ConntrackZone
 
 
-# --- rule sets ---------------------------------------------------------------------------------------------------------
+BUILT_IN_CHAINS = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")
+
+
+# --- rule sets --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,11 +239,13 @@ class Chain:
     """A chain with its rules in kernel order.
 
     `name` is the iptables spelling (`PREROUTING`, `ISTIO_INBOUND`); the nft renderer maps it (`prerouting`,
-    `istio-inbound`). Built-in chains are other people's too: of them a rule set holds only our entries.
+    `istio-inbound`). Built-in chains are other people's too: of them a rule set holds only our entries, the first
+    `inserted` of which go before everybody else's, the others behind.
     """
 
     name: str
     rules: tuple[Rule, ...]
+    inserted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,3 +292,27 @@ class Ruleset:
     policy_rules: tuple[PolicyRule, ...] = ()
     routes: tuple[LocalRoute, ...] = ()
     addresses: tuple[LoopbackAddress, ...] = ()
+
+    def for_family(self, family: Family) -> tuple[Table, ...]:
+        """Return what of the tables concerns `family`: its rules, and the chains that hold some or are jumped to.
+
+        The order is kept; tables without anything for the family are left out. A rule set that is not for `family`
+        gives nothing.
+        """
+        if family not in self.families:
+            return ()
+        return tuple(view for table in self.tables if (view := _table_view(table, family)).chains)
+
+
+def _table_view(table: Table, family: Family) -> Table:
+    chains = tuple(_chain_view(chain, family) for chain in table.chains)
+    targets = {rule.action.chain for chain in chains for rule in chain.rules if isinstance(rule.action, Jump)}
+    return Table(table.name, tuple(chain for chain in chains if chain.rules or chain.name in targets))
+
+
+def _chain_view(chain: Chain, family: Family) -> Chain:
+    def concerned(rule: Rule) -> bool:
+        return rule.family in (None, family)
+
+    rules = tuple(filter(concerned, chain.rules))
+    return Chain(chain.name, rules, inserted=sum(map(concerned, chain.rules[: chain.inserted])))

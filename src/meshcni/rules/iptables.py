@@ -1,0 +1,116 @@
+"""A rule set as iptables-restore input, and iptables-save output read back.
+
+The input is for `--noflush`: each table is one transaction, in which `:CHAIN - [0:0]` creates a chain or empties it, so
+there is no moment without rules. What earlier runs left in other people's chains is deleted in the same transaction.
+Upstream: tools/istio-iptables/pkg/builder/iptables_builder_impl.go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+from meshcni.rules.iptables_observed import OWN_PREFIX, ObservedChain, ObservedTables, own_entries, parse, target
+from meshcni.rules.iptables_rule import saved, written
+from meshcni.rules.model import BUILT_IN_CHAINS, Chain, Family, Ruleset, TableName
+
+__all__ = ["ObservedChain", "ObservedTables", "expected", "listing", "parse", "render", "render_removal"]
+
+# The order of upstream's restore input.
+TABLE_ORDER = (TableName.FILTER, TableName.MANGLE, TableName.NAT, TableName.RAW)
+
+
+def render(ruleset: Ruleset, family: Family, observed: ObservedTables | None = None) -> str:
+    """Return the `iptables-restore --noflush` input that leads from `observed` to `ruleset` for one family.
+
+    `observed` None says that nothing of ours is there. Empty when there is nothing to do.
+    """
+    tables = {table.name: table.chains for table in ruleset.for_family(family)}
+    return _script(tables, observed or ObservedTables(), expected(ruleset, family))
+
+
+def render_removal(observed: ObservedTables, known: ObservedTables | None = None) -> str:
+    """Return the `iptables-restore --noflush` input that takes everything of ours away; empty when there is nothing.
+
+    `known` is what we had applied (see `expected`), for those entries in other people's chains that nobody recognises
+    as ours by looking at them: the exclusion of an interface.
+    """
+    return _script({}, observed, known or ObservedTables())
+
+
+def _script(tables: Mapping[TableName, tuple[Chain, ...]], observed: ObservedTables, ours: ObservedTables) -> str:
+    """Return the input that takes away what is ours in `observed` and puts `tables` in its place."""
+    sections = []
+    for name in TABLE_ORDER:
+        lines = _section(name.value, tables.get(name, ()), observed, ours)
+        if lines:
+            sections.append("\n".join([f"*{name.value}", *lines, "COMMIT", ""]))
+    return "".join(sections)
+
+
+def expected(ruleset: Ruleset, family: Family) -> ObservedTables:
+    """Return our chains and our entries in built-in chains as `parse` will find them in a netns nobody else uses."""
+    return ObservedTables(
+        {
+            table.name.value: {
+                chain.name: ObservedChain("ACCEPT" if chain.name in BUILT_IN_CHAINS else "-", _saved(chain, family))
+                for chain in table.chains
+            }
+            for table in ruleset.for_family(family)
+        }
+    )
+
+
+def _saved(chain: Chain, family: Family) -> tuple[str, ...]:
+    return tuple(saved(rule, family) for rule in chain.rules)
+
+
+def listing(ruleset: Ruleset, family: Family) -> str:
+    """Return what iptables-save prints of our rules, without comments, counters and the built-in chains' declarations.
+
+    Both variants sort their tables differently; here they are in TABLE_ORDER. Chains that are not built in are sorted
+    by name, whatever the order in which they were made.
+    """
+    lines = []
+    tables = expected(ruleset, family).tables
+    for table in TABLE_ORDER:
+        chains = sorted(tables.get(table.value, {}).items(), key=lambda item: _save_position(item[0]))
+        if not chains:
+            continue
+        lines.append(f"*{table.value}")
+        lines += [f":{name} -" for name, _ in chains if name not in BUILT_IN_CHAINS]
+        lines += [f"-A {name} {rule}" for name, chain in chains for rule in chain.rules]
+        lines.append("COMMIT")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _save_position(chain: str) -> tuple[int, str]:
+    return (BUILT_IN_CHAINS.index(chain) if chain in BUILT_IN_CHAINS else len(BUILT_IN_CHAINS), chain)
+
+
+def _section(table: str, chains: tuple[Chain, ...], observed: ObservedTables, ours: ObservedTables) -> list[str]:
+    """Return one table's lines without its frame: deletions, declarations, rules."""
+    own = [chain.name for chain in chains if chain.name not in BUILT_IN_CHAINS]
+    stale = [chain for chain in observed.own_chains(table) if chain not in own]
+    return [
+        *_deletions(table, observed, ours, stale),
+        # All are emptied before the first is deleted, because they jump to each other.
+        *(f":{chain} - [0:0]" for chain in (*own, *stale)),
+        *(f"-X {chain}" for chain in stale),
+        *(line for chain in chains for line in _additions(chain)),
+    ]
+
+
+def _deletions(table: str, observed: ObservedTables, ours: ObservedTables, stale: Collection[str]) -> Iterator[str]:
+    for chain, content in observed.tables.get(table, {}).items():
+        if chain in BUILT_IN_CHAINS:
+            entries = own_entries(observed, table, chain, ours.chain(table, chain).rules)
+            yield from (f"-D {chain} {rule}" for rule in entries)
+        elif not chain.startswith(OWN_PREFIX):
+            # Another tool's chain that leads to a chain of ours: only a jump to what goes away has to go.
+            yield from (f"-D {chain} {rule}" for rule in content.rules if target(rule) in stale)
+
+
+def _additions(chain: Chain) -> Iterator[str]:
+    for position, rule in enumerate(chain.rules, start=1):
+        place = f"-I {chain.name} {position}" if position <= chain.inserted else f"-A {chain.name}"
+        yield f"{place} {written(rule)}"

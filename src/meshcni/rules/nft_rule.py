@@ -1,0 +1,151 @@
+"""One rule in nft's words, in two spellings: as people write it and as `nft list` prints it (1.0.6).
+
+Interface names are quoted, because a name such as `ip` or `counter` is a keyword otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from meshcni.rules.model import (
+    Accept,
+    ConnectionMark,
+    ConnectionState,
+    ConntrackZone,
+    Destination,
+    DestinationPort,
+    Drop,
+    Family,
+    InInterface,
+    Jump,
+    Match,
+    OutInterface,
+    PacketMark,
+    Protocol,
+    Redirect,
+    RestoreMark,
+    Return,
+    Rule,
+    SaveMark,
+    SetMark,
+    SocketGroup,
+    SocketUser,
+    Source,
+    SourcePort,
+    TransparentProxy,
+)
+
+
+def chain_name(name: str) -> str:
+    """Return nft's name of a chain: `ISTIO_INBOUND` is `istio-inbound`."""
+    return name.lower().replace("_", "-")
+
+
+def written(rule: Rule) -> str:
+    """Return the rule as people write it: `meta l4proto tcp tcp dport 15008 counter return`."""
+    return " ".join([*map(_written_match, rule.matches), _written_action(rule)])
+
+
+def listed(rule: Rule) -> str:
+    """Return the rule as `nft list` prints it, with counters as in the input: `tcp dport 15008 counter return`."""
+    # A port match says the protocol; the listing does not repeat it.
+    ports = {match.protocol for match in rule.matches if isinstance(match, SourcePort | DestinationPort)}
+    matches = [match for match in rule.matches if not (isinstance(match, Protocol) and match.name in ports)]
+    return " ".join([*map(_listed_match, matches), _listed_action(rule)])
+
+
+def _written_action(rule: Rule) -> str:
+    match rule.action:
+        case TransparentProxy(port, mark):
+            family = "ip" if rule.family is Family.V4 else "ip6"
+            return f"tproxy {family} to :{port} meta mark set {mark} counter accept"
+    return "counter " + _ACTION_TEXT[type(rule.action)](rule.action)
+
+
+_ACTION_TEXT: dict[type[Any], Callable[[Any], str]] = {
+    Accept: lambda _: "accept",
+    Drop: lambda _: "drop",
+    Return: lambda _: "return",
+    Jump: lambda action: f"jump {chain_name(action.chain)}",
+    Redirect: lambda action: f"redirect to :{action.port}",
+    SetMark: lambda action: f"meta mark set {action.mark}",
+    SaveMark: lambda _: "ct mark set mark",
+    RestoreMark: lambda _: "meta mark set ct mark",
+    ConntrackZone: lambda action: f"ct zone set {action.zone}",
+}
+
+
+def _ports(match: DestinationPort | SourcePort) -> str:
+    if len(match.ports) == 1:
+        return str(match.ports[0])
+    return "{ " + ", ".join(map(str, match.ports)) + " }"
+
+
+def _address(match: Source | Destination, side: str) -> str:
+    family = "ip" if match.network.version == 4 else "ip6"
+    return f"{family} {side} {_not(match.negated)}{match.network}"
+
+
+def _not(negated: bool) -> str:
+    return "!= " if negated else ""
+
+
+def _masked(key: str, match: PacketMark | ConnectionMark) -> str:
+    if match.mask == 0xFFFFFFFF:
+        return f"{key} {_not(match.negated)}{match.mark}"
+    return f"{key} and {match.mask} {'!=' if match.negated else '=='} {match.mark}"
+
+
+def _written_match(match: Match) -> str:
+    return _MATCH_TEXT[type(match)](match)
+
+
+_MATCH_TEXT: dict[type[Any], Callable[[Any], str]] = {
+    InInterface: lambda match: f'iifname "{match.name}"',
+    OutInterface: lambda match: f'oifname "{match.name}"',
+    Protocol: lambda match: f"meta l4proto {match.name}",
+    Source: lambda match: _address(match, "saddr"),
+    Destination: lambda match: _address(match, "daddr"),
+    SourcePort: lambda match: f"{match.protocol} sport {_ports(match)}",
+    DestinationPort: lambda match: f"{match.protocol} dport {_not(match.negated)}{_ports(match)}",
+    SocketUser: lambda match: f"skuid {_not(match.negated)}{match.uid}",
+    SocketGroup: lambda match: f"skgid {_not(match.negated)}{match.gid}",
+    ConnectionState: lambda match: f"ct state {','.join(match.states)}",
+    PacketMark: lambda match: _masked("mark", match),
+    ConnectionMark: lambda match: _masked("ct mark", match),
+}
+
+
+# --- as listed --------------------------------------------------------------------------------------------------------
+
+# The kernel keeps states as bits; the listing names them from the lowest up.
+_STATE_ORDER = ("invalid", "established", "related", "new", "untracked")
+
+
+def _listed_match(match: Match) -> str:
+    match match:
+        case Source(network) | Destination(network) if network.prefixlen == network.max_prefixlen:
+            return _written_match(match).removesuffix(f"/{network.prefixlen}")
+        case ConnectionState(states):
+            return "ct state " + ",".join(sorted(states, key=_STATE_ORDER.index))
+        case PacketMark(mark, _, negated):
+            return f"meta mark {_not(negated)}{mark:#010x}"
+        case ConnectionMark(mark, _, negated):
+            return f"ct mark {_not(negated)}{mark:#010x}"
+        case SocketUser() | SocketGroup():
+            return "meta " + _written_match(match)
+        case DestinationPort(protocol, ports, negated) if len(ports) > 1:
+            return _written_match(DestinationPort(protocol, tuple(sorted(set(ports))), negated))
+    return _written_match(match)
+
+
+def _listed_action(rule: Rule) -> str:
+    match rule.action:
+        case TransparentProxy(_, mark):
+            return _written_action(rule).replace(f"mark set {mark}", f"mark set {mark:#010x}")
+        case SetMark(mark):
+            return f"counter meta mark set {mark:#010x}"
+        case SaveMark():
+            return "counter ct mark set meta mark"
+    return _written_action(rule)
