@@ -61,11 +61,11 @@ class Envoy:
         config = self.node.folder / f"envoy-{self.name}.json"
         config.write_text(json.dumps(bootstrap(self.mode), indent=1))
         config.chmod(0o644)
-        arguments = [BINARY_INSIDE, "--config-path", str(config), "--concurrency", "1", "--disable-hot-restart"]
-        arguments += ["--log-level", "warning"]
         user = istio.PROXY_UID if self.mode is Mode.REDIRECT else 0
-        identity: dict[str, Any] = {"user": user, "group": istio.PROXY_GID, "extra_groups": []}
-        self.process = self.node.spawn(arguments, netns=self.netns, log=f"envoy-{self.name}", **identity)
+        arguments = ["setpriv", f"--reuid={user}", f"--regid={istio.PROXY_GID}", "--clear-groups"]
+        arguments += [BINARY_INSIDE, "--config-path", str(config), "--concurrency", "1", "--disable-hot-restart"]
+        arguments += ["--log-level", "warning"]
+        self.process = self.node.spawn(arguments, netns=self.netns, log=f"envoy-{self.name}")
 
     def wait_live(self) -> None:
         """Return when the listeners are open; LabError with Envoy's own words when it ended."""
