@@ -16,7 +16,7 @@ Object = dict[str, Any]
 Key = tuple[str, str]  # namespace, name
 
 
-class Refusal(Exception):  # noqa: N818 - an answer of the API, not a mistake of ours
+class Refusal(Exception):
     """An answer with a Status object instead of what was asked."""
 
     def __init__(self, code: int, reason: str, message: str, details: Object | None = None) -> None:
@@ -59,6 +59,10 @@ KINDS: tuple[Kind, ...] = (
 )
 BY_PLURAL: Mapping[str, Kind] = {kind.plural: kind for kind in KINDS}
 # Fields that a real API server lets a client select by, and how to read them.
+COMMON_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "metadata.name": ("metadata", "name"),
+    "metadata.namespace": ("metadata", "namespace"),
+}
 FIELDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "pods": {
         "spec.nodeName": ("spec", "nodeName"),
@@ -109,8 +113,7 @@ class Selection:
 
 def parse_selection(kind: Kind, namespace: str, label_selector: str, field_selector: str) -> Selection:
     """The selectors of a query. Raises Refusal for a field that cannot be selected by."""
-    known = {"metadata.name": ("metadata", "name"), "metadata.namespace": ("metadata", "namespace")}
-    known.update(FIELDS.get(kind.plural, {}))
+    known = {**COMMON_FIELDS, **FIELDS.get(kind.plural, {})}
     fields = []
     for part in filter(None, field_selector.split(",")):
         name, operator, value = _split_operator(part)
@@ -154,6 +157,10 @@ class Cluster:
                 {"name": name, "kind": kind.plural, **({"group": kind.group} if kind.group else {})},
             ) from None
 
+    def has(self, plural: str, namespace: str, name: str) -> bool:
+        """Whether an object exists."""
+        return (namespace, name) in self._objects[plural]
+
     def objects(self, plural: str) -> list[Object]:
         """All objects of a kind, by namespace and name."""
         found = self._objects[plural]
@@ -192,7 +199,7 @@ class Cluster:
                 raise Refusal(
                     400,
                     "BadRequest",
-                    f"the namespace of the provided object does not match the namespace sent on the request",
+                    "the namespace of the provided object does not match the namespace sent on the request",
                 )
             if ("", namespace) not in self._objects["namespaces"]:
                 raise Refusal(404, "NotFound", f'namespaces "{namespace}" not found', {"name": namespace})
@@ -335,7 +342,10 @@ def too_large(wanted: int, current: int) -> Refusal:
         504,
         "Timeout",
         f"Timeout: Too large resource version: {wanted}, current: {current}",
-        {"causes": [{"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}], "retryAfterSeconds": 1},
+        {
+            "causes": [{"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}],
+            "retryAfterSeconds": 1,
+        },
     )
 
 

@@ -17,7 +17,7 @@ from urllib.parse import quote, urlencode
 from meshcni import __version__, istio
 from meshcni.kube import failures
 from meshcni.kube.credentials import Access
-from meshcni.kube.failures import ApiError, from_answer, from_status, without_answer
+from meshcni.kube.failures import ApiError, describe, from_answer, from_status, without_answer
 
 if TYPE_CHECKING:
     from meshcni.kube.transport import Answer, Transport
@@ -172,7 +172,7 @@ class KubeApi:
         answer = await self._json("GET", path, accept=accept, timeout=timeout)
         metadata, items = answer.get("metadata"), answer.get("items", [])
         if not isinstance(metadata, dict) or not isinstance(items, list | None):
-            raise without_answer(failures.BROKEN, f"GET {path}", "the answer is not a list of objects")
+            raise without_answer(failures.BROKEN, describe("GET", path), "the answer is not a list of objects")
         return Page(tuple(items or ()), str(metadata.get("resourceVersion") or ""), str(metadata.get("continue") or ""))
 
     async def create_event(self, namespace: str, event: Object, *, timeout: float = CALL_SECONDS) -> None:
@@ -208,7 +208,7 @@ class KubeApi:
         )
         path = resource.path(namespace) + query
         accept = f"{METADATA}, {JSON}" if metadata_only else JSON
-        call = f"GET {path}"
+        call = describe("GET", path)
         transport = await self._open()
         headers = self._headers(transport, accept)
         async with AsyncExitStack() as stack:
@@ -229,7 +229,7 @@ class KubeApi:
         self, method: str, path: str, *, accept: str = JSON, body: Object | None = None, timeout: float
     ) -> Object:
         """One call with deadline. A 401 reads the token again, a connection that broke is tried anew: once each."""
-        call = f"{method} {path}"
+        call = describe(method, path)
         try:
             async with asyncio.timeout(timeout), self._slots:
                 answer = await self._call(method, path, accept, body, timeout)
@@ -315,7 +315,7 @@ async def _events(call: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[Obje
 async def split_lines(
     chunks: AsyncIterator[bytes], max_bytes: int, failure: Callable[[str], Exception]
 ) -> AsyncIterator[bytes]:
-    """The lines of a stream, blank ones left out. A line over `max_bytes` or a last one without its end is a failure."""
+    """The lines of a stream without blank ones. A line over `max_bytes` or a last one without its end is a failure."""
     rest: list[bytes] = []
     size = 0
     async for chunk in chunks:

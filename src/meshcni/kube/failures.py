@@ -56,13 +56,19 @@ class ApiError(KubeError):
         self.retry_after_seconds = retry_after_seconds
 
 
+def describe(method: str, url: str) -> str:
+    """A call in messages: `GET /api/v1/pods`, `WATCH /api/v1/pods`; without its query, so that retries read alike."""
+    path, _, query = url.partition("?")
+    return f"{'WATCH' if 'watch=true' in query.split('&') else method} {path}"
+
+
 def without_answer(cause: str, call: str, detail: str) -> ApiError:
     """The error of a call (`GET /api/v1/...`) that got no answer; `detail` is what the network said."""
     return ApiError(0, f"{call}: {detail}", CAUSE_HINTS.get(cause, ""), cause=cause)
 
 
 def from_answer(status: int, call: str, headers: Mapping[str, str], body: bytes) -> ApiError:
-    """The error of an answer with an HTTP status of 300 or more; `body` is a Status object if a real API server spoke."""
+    """The error of an answer with an HTTP status of 300 or more; `body` is a Status object when an API server spoke."""
     return from_status(call, _status_object(body), status=status, retry_after=headers.get("retry-after", ""))
 
 
@@ -102,17 +108,15 @@ def _reason(reason: str, text: str, details: Mapping[str, Any]) -> str:
 
 def _rbac_rule(call: str) -> str:
     """`GET /api/v1/namespaces/a/pods/b` -> `get pods in namespace a`: the rule to add, in RBAC's own words."""
-    method, _, url = call.partition(" ")
-    path, _, query = url.partition("?")
+    method, _, path = call.partition(" ")
     parts = [part for part in path.split("/") if part]
     group = parts[1] if parts[:1] == ["apis"] else ""
     rest = parts[3:] if group else parts[2:]
     namespace = ""
     if len(rest) > 2 and rest[0] == "namespaces":
         namespace, rest = rest[1], rest[2:]
-    verb = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}.get(method, "get" if len(rest) > 1 else "list")
-    if "watch=true" in query:
-        verb = "watch"
+    verbs = {"POST": "create", "PATCH": "patch", "DELETE": "delete", "WATCH": "watch"}
+    verb = verbs.get(method, "get" if len(rest) > 1 else "list")
     resource = "/".join([rest[0], *rest[2:3]]) if rest else path
     where = f" in namespace {namespace}" if namespace else ""
     return f"{verb} {resource}{f' of API group {group}' if group else ''}{where}"

@@ -1,11 +1,11 @@
 """A local copy of some API objects, kept up to date by one list and then a watch, and told to whoever wants to know.
 
-reducer.py decides; this module makes the requests, waits, and calls the consumers. It never ends by itself: whatever the
-API server does is an entry in `state`, a log line when it begins and when it is over, and a pause with jitter.
+reducer.py decides; this module makes the requests, waits, and calls the consumers. It never ends by itself: whatever
+the API server does is an entry in `state`, a log line when it begins and when it is over, and a pause with jitter.
 
 Silence. An API server sends a bookmark about once a minute, and ends a watch after the 5 to 10 minutes we ask for.
-A watch without a byte for 90 s may hang on a dead connection, so it is opened anew from where it was; on a quiet cluster
-that is one cheap request in 90 s.
+A watch without a byte for 90 s may hang on a dead connection, so it is opened anew from where it was; on a quiet
+cluster that is one cheap request in 90 s.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ class Informer(Generic[T]):
     def _delay(self, failures_in_a_row: int, error: KubeError | None) -> float:
         """Seconds: doubling, capped, and a random part of it taken off; never sooner than a Retry-After says."""
         timing = self._timing
-        grown = timing.back_off_first_seconds * 2 ** min(max(failures_in_a_row - 1, 0), 16)
+        grown = timing.back_off_first_seconds * 2.0 ** min(max(failures_in_a_row - 1, 0), 16)
         delay = min(grown, timing.back_off_max_seconds) * self._chance.uniform(0.5, 1.0)
         asked = error.retry_after_seconds if isinstance(error, ApiError) else None
         return delay if asked is None else max(delay, asked * self._chance.uniform(1.0, 1.1))

@@ -58,11 +58,11 @@ class Rejected:
     error: Exception
 
 
-def parse(obj: Any, project: Callable[[dict[str, Any]], T]) -> Parsed[T] | Rejected:
+def parse(obj: object, project: Callable[[dict[str, Any]], T]) -> Parsed[T] | Rejected:
     """Reduce one API object to its projection; whatever is wrong with one object, the others go on."""
     metadata = obj.get("metadata") if isinstance(obj, dict) else None
     name = metadata.get("name") if isinstance(metadata, dict) else None
-    if not isinstance(metadata, dict) or not isinstance(name, str) or not name:
+    if not isinstance(obj, dict) or not isinstance(metadata, dict) or not isinstance(name, str) or not name:
         return Rejected(("", ""), "", ValueError("the object has no metadata.name"))
     key, uid = (str(metadata.get("namespace") or ""), name), str(metadata.get("uid") or "")
     try:

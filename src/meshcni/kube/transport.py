@@ -5,11 +5,11 @@ Importing this module loads both (about 100 ms, 14 MiB), so client.py does it on
 
 from __future__ import annotations
 
+import logging
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -18,11 +18,12 @@ from lightkube.core.exceptions import ConfigError
 
 from meshcni.kube import failures
 from meshcni.kube.credentials import Access, Stamp, TokenFile, file_stamp
-from meshcni.kube.failures import ApiError, without_answer
+from meshcni.kube.failures import ApiError, describe, without_answer
 
 CONNECT_SECONDS = 5.0
 MAX_CONNECTIONS = 16  # watches hold one each; the rest are short calls
 KEEPALIVE_SECONDS = 30.0
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request at info
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -88,7 +89,7 @@ class Transport:
         """One call; `read_seconds` is the longest silence allowed, before the answer and within it."""
         self._follow_ca_rotation()
         timeout = httpx2.Timeout(read_seconds, connect=CONNECT_SECONDS, pool=read_seconds)
-        call = f"{method} {path}"
+        call = describe(method, path)
         try:
             request = self._http.build_request(method, path, headers=dict(headers), content=body, timeout=timeout)
             response = await self._http.send(request, stream=True)
@@ -111,7 +112,7 @@ class Transport:
         self._ca_stamp = stamp
 
 
-async def _chunks(call: str, response: Any) -> AsyncIterator[bytes]:
+async def _chunks(call: str, response: httpx2.Response) -> AsyncIterator[bytes]:
     try:
         async for chunk in response.aiter_bytes():
             yield chunk
