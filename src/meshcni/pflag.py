@@ -23,7 +23,7 @@ Kind = Literal["string", "bool", "int", "duration", "strings"]
 class Flag:
     """One flag: `name` without dashes, one-letter `short`, `default` as the text a person would type.
 
-    `env` names the environment variables that set it, strongest last. Kind "strings" collects every occurrence.
+    `env` names the environment variables that set it, strongest first. Kind "strings" collects every occurrence.
     """
 
     name: str

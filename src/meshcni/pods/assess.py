@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from meshcni.errors import PodSpecError
 from meshcni.pods.annotations import Derived, derive_interception
-from meshcni.pods.eligibility import BAD_PARAMETERS, Decision, Policy, Verdict, decide
+from meshcni.pods.eligibility import BAD_PARAMETERS, UNREADABLE, Decision, Policy, Verdict, decide
 from meshcni.pods.model import NO_PAIRS, Namespace, Pod
 
 
@@ -37,3 +37,8 @@ def assess(
     except PodSpecError as error:
         refused = replace(decision, verdict=Verdict.ERROR, reason=BAD_PARAMETERS, evidence=error.message)
         return Assessment(refused, error=error)
+
+
+def unreadable(error: PodSpecError) -> Assessment:
+    """Assess a pod whose projection failed with `error`: it is refused, because nothing is known about it."""
+    return Assessment(Decision(UNREADABLE.verdict, UNREADABLE, error.message), error=error)

@@ -53,6 +53,7 @@ NOT_INJECTED = Reason("not-injected", "The injector has not put a sidecar into i
 INTERCEPTION_NONE = Reason("interception-none", "It asks for no interception.", Verdict.SKIP)
 SIDECAR_INJECTED = Reason("sidecar-injected", "It has an injected sidecar.", Verdict.SIDECAR)
 BAD_PARAMETERS = Reason("bad-parameters", "It has a sidecar, but a parameter of its rules is invalid.", Verdict.ERROR)
+UNREADABLE = Reason("unreadable-pod", "A field of it has a wrong type.", Verdict.ERROR)
 
 REASONS: Final = (
     OWN_AGENT_POD,
@@ -69,6 +70,7 @@ REASONS: Final = (
     INTERCEPTION_NONE,
     SIDECAR_INJECTED,
     BAD_PARAMETERS,
+    UNREADABLE,
 )
 
 

@@ -1,0 +1,188 @@
+"""The command line of `rules sidecar`: one table of flags, and the pure reading of it.
+
+Names, shorthands, variables and defaults are those of the original's `istio-iptables`, so the two can be compared flag
+by flag. Upstream: tools/istio-iptables/pkg/cmd/root.go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from meshcni import istio
+from meshcni.cli.ruleparameters import Given, Lookups, read_interception
+from meshcni.errors import UsageError
+from meshcni.pflag import READERS, Flag, Kind, go_bool, parse
+from meshcni.pods.interception import Interception
+from meshcni.rules.model import Backend, Family
+
+
+def _flag(
+    name: str, short: str, default: str, help: str, kind: Kind = "string", stronger: tuple[str, ...] = ()
+) -> Flag:
+    """Make a row; the flag's name in upper snake case is its variable, `stronger` ones come before it."""
+    return Flag(name, short, kind, default, (*stronger, name.upper().replace("-", "_")), help)
+
+
+def _switch(name: str, help: str, *stronger: str, short: str = "") -> Flag:
+    return _flag(name, short, "false", help, "bool", stronger)
+
+
+PARAMETERS: Final = (
+    Flag("envoy-port", "p", "string", "15001", (), "port of the proxy for outbound connections"),
+    _flag("inbound-capture-port", "z", "15006", "port of the proxy for inbound connections"),
+    _flag("inbound-tunnel-port", "e", "15008", "port of tunnelled inbound connections, never redirected"),
+    _flag("proxy-uid", "u", "", "users of the proxy; empty: the user $ENVOY_USER, or 1337"),
+    _flag("proxy-gid", "g", "", "groups of the proxy; empty: the same numbers as the users"),
+    _flag("istio-inbound-interception-mode", "m", "", "TPROXY, or anything else for REDIRECT"),
+    _flag("istio-inbound-ports", "b", "", "inbound ports to capture: *, a list, or none"),
+    _flag("istio-local-exclude-ports", "d", "", "inbound ports to leave alone when all are captured"),
+    _flag("istio-exclude-interfaces", "c", "", "interfaces to leave alone"),
+    _flag("istio-service-cidr", "i", "", "outbound destinations to capture: *, prefixes, or none"),
+    _flag("istio-service-exclude-cidr", "x", "", "outbound destinations to leave alone"),
+    _flag("istio-outbound-ports", "q", "", "outbound ports to capture whatever the destination"),
+    _flag("istio-local-outbound-ports-exclude", "o", "", "outbound ports to leave alone"),
+    _flag("kube-virt-interfaces", "k", "", "interfaces of virtual machines whose traffic counts as outbound"),
+    _flag("istio-inbound-tproxy-mark", "t", "1337", "packet mark of TPROXY"),
+    _flag("istio-inbound-tproxy-route-table", "r", "133", "routing table of TPROXY"),
+    _switch("redirect-dns", "capture DNS", istio.ENV_DNS_CAPTURE),
+    _switch("capture-all-dns", "capture DNS to every server, not only the resolver's"),
+    _switch("drop-invalid", "drop packets of no known connection", istio.ENV_DROP_INVALID),
+    _switch("dual-stack", "any IPv6 address counts, see --family-policy", istio.ENV_DUAL_STACK),
+)
+
+ACTIONS: Final = (
+    Flag("apply", "", "bool", "false", (), "program the current network namespace, as an ADD would"),
+    Flag("pod", "", "string", "", (), "take the parameters from this pod manifest instead of from flags"),
+    Flag("backend", "", "string", "", (), "iptables or nftables; empty: as --native-nftables says"),
+    Flag("format", "", "string", "script", (), "what to print: script, json or words"),
+    Flag("families", "", "string", "both", (), "what to print without --apply: ipv4, ipv6 or both"),
+    _flag(
+        "family-policy",
+        "",
+        "by-address",
+        "when --apply makes IPv6 rules: by-address, if the netns has a global IPv6 address; original, if its first "
+        "address is one, or any with --dual-stack",
+    ),
+    _switch("native-nftables", "nftables instead of iptables"),
+    _flag("force-iptables-binary", "", "", "legacy or nft; empty: found by looking"),
+    _switch("cleanup-only", "take our rules out and put none in"),
+    _switch("dry-run", "program nothing, whatever --apply says", short="n"),
+    _switch("skip-rule-apply", "program nothing, whatever --apply says"),
+    _flag("network-namespace", "", "", "with --apply, the network namespace to program instead of the current one"),
+    _switch("run-validation", "not supported: the istio-validation container of the proxy image does it"),
+)
+
+IGNORED: Final = (  # applying is repeatable here, over whatever an earlier run left
+    _switch("reconcile", "accepted; earlier rules are always replaced"),
+    _switch("force-apply", "accepted; rules are always applied"),
+    _switch("cni-mode", "accepted; makes no difference"),
+    _flag("iptables-probe-port", "", "15002", "accepted", "int"),
+    _flag("probe-timeout", "", "5s", "accepted", "duration"),
+    Flag("log_output_level", help="accepted"),
+    Flag("log_stacktrace_level", help="accepted"),
+    Flag("log_caller", help="accepted"),
+    Flag("log_as_json", kind="bool", default="false", help="accepted"),
+    Flag("log_target", kind="strings", help="accepted"),
+)
+
+FLAGS: Final = (*PARAMETERS, *ACTIONS, *IGNORED)
+FAMILIES: Final[Mapping[str, frozenset[Family]]] = {
+    "both": frozenset(Family),
+    "ipv4": frozenset({Family.V4}),
+    "ipv6": frozenset({Family.V6}),
+}
+FORMATS: Final = ("script", "json", "words")
+FAMILY_POLICIES: Final = ("by-address", "original")
+FORCED_BINARIES: Final = ("", "legacy", "nft")
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarCommand:
+    """A `rules sidecar` command line, understood. `interception` is None when the pod in `pod_file` decides."""
+
+    interception: Interception | None
+    pod_file: str
+    backend: Backend
+    format: str
+    families: frozenset[Family]
+    family_policy: str
+    apply: bool
+    cleanup_only: bool
+    force_iptables: str
+    netns_path: str
+    warnings: tuple[str, ...]
+
+
+def read_command(arguments: Sequence[str], environment: Mapping[str, str], lookups: Lookups) -> SidecarCommand | None:
+    """Understand a command line, None when it asks for help. UsageError says what is wrong and where it stands."""
+    parsed = parse(FLAGS, arguments)
+    if parsed.help:
+        return None
+    if parsed.rest:
+        raise UsageError(f"unexpected argument {parsed.rest[0]!r}", "parameters are flags; --help lists them")
+    warnings: list[str] = []
+    given = {flag.name: _resolve(flag, parsed.values.get(flag.name), environment, warnings) for flag in FLAGS}
+    on = {flag.name: given[flag.name].read(go_bool) for flag in FLAGS if flag.kind == "bool"}
+    for flag in IGNORED:
+        given[flag.name].read(READERS[flag.kind])
+    if on["run-validation"]:
+        raise UsageError("--run-validation is not supported", "the istio-validation container of the proxy image does")
+    pod_file = given["pod"].text
+    doubled = next((flag for flag in PARAMETERS if flag.name in parsed.values), None)
+    if pod_file and doubled:
+        raise UsageError(f"--pod together with {doubled.spelling}", "either the pod or flags give the parameters")
+    interception = None
+    if not pod_file:
+        interception, more = read_interception(given, environment, lookups)
+        warnings += more
+    return SidecarCommand(
+        interception=interception,
+        pod_file=pod_file,
+        backend=_backend(given["backend"], on["native-nftables"]),
+        format=given["format"].read(_one_of(FORMATS)),
+        families=FAMILIES[given["families"].read(_one_of(FAMILIES))],
+        family_policy=given["family-policy"].read(_one_of(FAMILY_POLICIES)),
+        apply=on["apply"] and not on["dry-run"] and not on["skip-rule-apply"],
+        cleanup_only=on["cleanup-only"],
+        force_iptables=given["force-iptables-binary"].read(_one_of(FORCED_BINARIES)),
+        netns_path=given["network-namespace"].text,
+        warnings=tuple(warnings),
+    )
+
+
+def _backend(given: Given, native_nftables: bool) -> Backend:
+    if given.text:
+        return Backend(given.read(_one_of([backend.value for backend in Backend])))
+    return Backend.NFTABLES if native_nftables else Backend.IPTABLES
+
+
+def _one_of(choices: Sequence[str] | Mapping[str, object]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"write {', '.join(choice or 'nothing' for choice in choices)}")
+        return text
+
+    return read
+
+
+def _resolve(flag: Flag, typed: str | list[str] | None, environment: Mapping[str, str], warnings: list[str]) -> Given:
+    """Find a flag's text: the command line, else the strongest variable, else the default.
+
+    As with the original, a variable that is no value of the flag's kind is passed over (said here), and a present but
+    empty one sets a text to empty.
+    """
+    if typed is not None:
+        return Given(typed if isinstance(typed, str) else ",".join(typed), f"flag {flag.spelling}")
+    for name in flag.env:
+        text = environment.get(name)
+        if text is None or (not text and flag.kind != "string"):
+            continue
+        try:
+            READERS[flag.kind](text)
+        except ValueError as error:
+            warnings.append(f"env {name} was passed over: {error}")
+            continue
+        return Given(text, f"env {name}")
+    return Given(flag.default, f"default of --{flag.name}")
