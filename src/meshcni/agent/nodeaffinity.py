@@ -1,4 +1,4 @@
-"""Whether a DaemonSet's template still selects a node: nodeSelector and required affinity, as the scheduler reads them."""
+"""Whether a DaemonSet's template still selects a node: nodeSelector and required affinity, read like the scheduler."""
 
 from __future__ import annotations
 
