@@ -19,13 +19,14 @@ __all__ = ["ObservedChain", "ObservedTables", "expected", "listing", "parse", "r
 TABLE_ORDER = (TableName.FILTER, TableName.MANGLE, TableName.NAT, TableName.RAW)
 
 
-def render(ruleset: Ruleset, family: Family, observed: ObservedTables | None = None) -> str:
+def render(ruleset: Ruleset, family: Family, observed: ObservedTables | None = None, *, with_whys: bool = False) -> str:
     """Return the `iptables-restore --noflush` input that leads from `observed` to `ruleset` for one family.
 
-    `observed` None says that nothing of ours is there. Empty when there is nothing to do.
+    `observed` None says that nothing of ours is there. `with_whys` puts the reason of each rule as a comment before it.
+    Empty when there is nothing to do.
     """
     tables = {table.name: table.chains for table in ruleset.for_family(family)}
-    return _script(tables, observed or ObservedTables(), expected(ruleset, family))
+    return _script(tables, observed or ObservedTables(), expected(ruleset, family), with_whys=with_whys)
 
 
 def render_removal(observed: ObservedTables, known: ObservedTables | None = None) -> str:
@@ -37,14 +38,57 @@ def render_removal(observed: ObservedTables, known: ObservedTables | None = None
     return _script({}, observed, known or ObservedTables())
 
 
-def _script(tables: Mapping[TableName, tuple[Chain, ...]], observed: ObservedTables, ours: ObservedTables) -> str:
+def _script(
+    tables: Mapping[TableName, tuple[Chain, ...]],
+    observed: ObservedTables,
+    ours: ObservedTables,
+    *,
+    with_whys: bool = False,
+) -> str:
     """Return the input that takes away what is ours in `observed` and puts `tables` in its place."""
     sections = []
     for name in TABLE_ORDER:
-        lines = _section(name.value, tables.get(name, ()), observed, ours)
+        chains = tables.get(name, ())
+        lines = _preparation(name.value, chains, observed, ours)
+        lines += [line for chain in chains for line in _additions(chain, with_whys)]
         if lines:
             sections.append("\n".join([f"*{name.value}", *lines, "COMMIT", ""]))
     return "".join(sections)
+
+
+def _preparation(table: str, chains: tuple[Chain, ...], observed: ObservedTables, ours: ObservedTables) -> list[str]:
+    """Return what comes before the rules of a table: deletions and declarations."""
+    own = [chain.name for chain in chains if chain.name not in BUILT_IN_CHAINS]
+    stale = [chain for chain in observed.own_chains(table) if chain not in own]
+    return [
+        *_deletions(table, observed, ours, stale),
+        # All are emptied before the first is deleted, because they jump to each other.
+        *(f":{chain} - [0:0]" for chain in (*own, *stale)),
+        *(f"-X {chain}" for chain in stale),
+    ]
+
+
+def _deletions(table: str, observed: ObservedTables, ours: ObservedTables, stale: Collection[str]) -> Iterator[str]:
+    for chain, content in observed.tables.get(table, {}).items():
+        if chain in BUILT_IN_CHAINS:
+            entries = own_entries(observed, table, chain, ours)
+            yield from (f"-D {chain} {rule}" for rule in entries)
+        elif not chain.startswith(OWN_PREFIX):
+            # Another tool's chain that leads to a chain of ours: only a jump to what goes away has to go.
+            yield from (f"-D {chain} {rule}" for rule in content.rules if target(rule) in stale)
+
+
+def _additions(chain: Chain, with_whys: bool) -> Iterator[str]:
+    said = ""
+    for position, rule in enumerate(chain.rules, start=1):
+        if with_whys and rule.why != said:
+            said = rule.why
+            yield f"# {said}"
+        place = f"-I {chain.name} {position}" if position <= chain.inserted else f"-A {chain.name}"
+        yield f"{place} {written(rule)}"
+
+
+# --- the listing -------------------------------------------------------------------------------------------------------
 
 
 def expected(ruleset: Ruleset, family: Family) -> ObservedTables:
@@ -85,32 +129,3 @@ def listing(ruleset: Ruleset, family: Family) -> str:
 
 def _save_position(chain: str) -> tuple[int, str]:
     return (BUILT_IN_CHAINS.index(chain) if chain in BUILT_IN_CHAINS else len(BUILT_IN_CHAINS), chain)
-
-
-def _section(table: str, chains: tuple[Chain, ...], observed: ObservedTables, ours: ObservedTables) -> list[str]:
-    """Return one table's lines without its frame: deletions, declarations, rules."""
-    own = [chain.name for chain in chains if chain.name not in BUILT_IN_CHAINS]
-    stale = [chain for chain in observed.own_chains(table) if chain not in own]
-    return [
-        *_deletions(table, observed, ours, stale),
-        # All are emptied before the first is deleted, because they jump to each other.
-        *(f":{chain} - [0:0]" for chain in (*own, *stale)),
-        *(f"-X {chain}" for chain in stale),
-        *(line for chain in chains for line in _additions(chain)),
-    ]
-
-
-def _deletions(table: str, observed: ObservedTables, ours: ObservedTables, stale: Collection[str]) -> Iterator[str]:
-    for chain, content in observed.tables.get(table, {}).items():
-        if chain in BUILT_IN_CHAINS:
-            entries = own_entries(observed, table, chain, ours.chain(table, chain).rules)
-            yield from (f"-D {chain} {rule}" for rule in entries)
-        elif not chain.startswith(OWN_PREFIX):
-            # Another tool's chain that leads to a chain of ours: only a jump to what goes away has to go.
-            yield from (f"-D {chain} {rule}" for rule in content.rules if target(rule) in stale)
-
-
-def _additions(chain: Chain) -> Iterator[str]:
-    for position, rule in enumerate(chain.rules, start=1):
-        place = f"-I {chain.name} {position}" if position <= chain.inserted else f"-A {chain.name}"
-        yield f"{place} {written(rule)}"

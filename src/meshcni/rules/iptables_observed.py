@@ -15,7 +15,7 @@ A RETURN for an interface that an earlier run excluded cannot be told from anoth
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from meshcni import istio
@@ -111,11 +111,13 @@ _GUARDS = frozenset({"-p tcp -j DROP", "-p udp -j DROP"})
 _GUARDED_CHAINS = ("INPUT", "FORWARD", "OUTPUT")
 
 
-def own_entries(observed: ObservedTables, table: str, chain: str, desired: Collection[str] = ()) -> tuple[str, ...]:
+def own_entries(observed: ObservedTables, table: str, chain: str, known: ObservedTables) -> tuple[str, ...]:
     """Return our rules in a chain that is not ours, in listing order.
 
-    `desired` are the rules (as iptables-save prints them) that we are about to have in this chain.
+    `known` is what we are about to apply, or had applied. An interface that it excludes in nat is excluded in mangle as
+    well when the mode is TPROXY, so one found there is from such a run.
     """
+    desired = {*known.chain(table, chain).rules, *(known.chain("nat", chain).rules if table == "mangle" else ())}
     marks, interfaces = _own_marks(observed), _redirected_interfaces(observed)
     guards = _GUARDS if chain in _GUARDED_CHAINS and table == "filter" and _is_guarded(observed) else frozenset()
 

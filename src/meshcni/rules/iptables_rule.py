@@ -23,6 +23,7 @@ from meshcni.rules.model import (
     InInterface,
     Jump,
     Match,
+    OtherSocketGroup,
     OutInterface,
     PacketMark,
     Protocol,
@@ -52,6 +53,7 @@ _EXTENSION_ORDER: tuple[type[Any], ...] = (
     ConnectionMark,
     SocketUser,
     SocketGroup,
+    OtherSocketGroup,
 )
 
 
@@ -123,6 +125,7 @@ _MATCH_TEXT: dict[type[Any], Callable[[Any], str]] = {
     ConnectionMark: lambda match: f"-m connmark {_not(match.negated)}--mark {_decimal(match.mark, match.mask)}",
     SocketUser: lambda match: f"-m owner {_not(match.negated)}--uid-owner {match.uid}",
     SocketGroup: lambda match: f"-m owner {_not(match.negated)}--gid-owner {match.gid}",
+    OtherSocketGroup: lambda match: " ".join(f"-m owner ! --gid-owner {gid}" for gid in match.gids),
 }
 
 

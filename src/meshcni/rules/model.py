@@ -111,6 +111,13 @@ class SocketGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class OtherSocketGroup:
+    """The sending socket's group id is none of `gids` (at least one)."""
+
+    gids: tuple[NumberRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectionState:
     """Connection tracking state is one of `states` (`invalid`, `related`, `established`), in listing order."""
 
@@ -145,6 +152,7 @@ Match = (
     | SourcePort
     | SocketUser
     | SocketGroup
+    | OtherSocketGroup
     | ConnectionState
     | PacketMark
     | ConnectionMark

@@ -22,6 +22,7 @@ from meshcni.rules.model import (
     InInterface,
     Jump,
     Match,
+    OtherSocketGroup,
     OutInterface,
     PacketMark,
     Protocol,
@@ -64,10 +65,10 @@ def words(ruleset: Ruleset) -> list[str]:
 
 
 def rule_words(rule: Rule) -> str:
-    """Return one rule as a line: what it is for, and in brackets what it matches and does."""
+    """Return one rule as a line: what it matches, what it does, and why."""
     family = f"{family_name(rule.family)}: " if rule.family else ""
     matches = ", ".join(match_words(match) for match in _said_once(rule.matches)) or "everything"
-    return f"{rule.why} ({family}{matches} → {action_words(rule.action)})"
+    return f"{family}{matches} → {action_words(rule.action)}. {rule.why}"
 
 
 def match_words(match: Match) -> str:
@@ -117,6 +118,7 @@ _MATCH_WORDS: dict[type[Any], Callable[[Any], str]] = {
     SourcePort: lambda match: f"{match.protocol.upper()} from port {_one_of(match.ports)}",
     SocketUser: lambda match: f"{_not(match.negated)}sent by user {match.uid}",
     SocketGroup: lambda match: f"{_not(match.negated)}sent by group {match.gid}",
+    OtherSocketGroup: lambda match: f"not sent by group {_one_of(match.gids)}",
     ConnectionState: lambda match: f"connection {' or '.join(match.states)}",
     PacketMark: lambda match: f"{_not(match.negated)}marked {match.mark}",
     ConnectionMark: lambda match: f"connection {_not(match.negated)}marked {match.mark}",

@@ -8,7 +8,7 @@ before, an earlier parameter's table included, is gone in the same instant (nft 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from meshcni import istio
@@ -49,16 +49,28 @@ def table_name(name: TableName) -> str:
     return istio.NFT_TABLE_PREFIX + name.value
 
 
-def render(ruleset: Ruleset) -> str:
-    """Return the transaction that replaces whatever is in our tables by `ruleset`."""
+def render(ruleset: Ruleset, *, with_whys: bool = False) -> str:
+    """Return the transaction that replaces whatever is in our tables by `ruleset`.
+
+    `with_whys` puts the reason of each rule as a comment before it.
+    """
     lines = [render_removal().rstrip("\n")]
     for table in _in_order(ruleset):
         name = table_name(table.name)
         lines.append(f"add table inet {name}")
         lines += [f"add chain inet {name} {chain_name(chain.name)}{_hook(table, chain)}" for chain in table.chains]
         for chain in table.chains:
-            lines += [f"add rule inet {name} {chain_name(chain.name)} {written(rule)}" for rule in chain.rules]
+            lines += _additions(name, chain, with_whys)
     return "\n".join(lines) + "\n"
+
+
+def _additions(table: str, chain: Chain, with_whys: bool) -> Iterator[str]:
+    said = ""
+    for rule in chain.rules:
+        if with_whys and rule.why != said:
+            said = rule.why
+            yield f"# {said}"
+        yield f"add rule inet {table} {chain_name(chain.name)} {written(rule)}"
 
 
 def render_removal() -> str:

@@ -5,9 +5,10 @@ Interface names are quoted, because a name such as `ip` or `counter` is a keywor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from meshcni.pods.interception import NumberRange
 from meshcni.rules.model import (
     Accept,
     ConnectionMark,
@@ -20,6 +21,7 @@ from meshcni.rules.model import (
     InInterface,
     Jump,
     Match,
+    OtherSocketGroup,
     OutInterface,
     PacketMark,
     Protocol,
@@ -35,6 +37,8 @@ from meshcni.rules.model import (
     SourcePort,
     TransparentProxy,
 )
+
+ALL_BITS = 0xFFFFFFFF
 
 
 def chain_name(name: str) -> str:
@@ -79,7 +83,11 @@ _ACTION_TEXT: dict[type[Any], Callable[[Any], str]] = {
 def _ports(match: DestinationPort | SourcePort) -> str:
     if len(match.ports) == 1:
         return str(match.ports[0])
-    return "{ " + ", ".join(map(str, match.ports)) + " }"
+    return _set(match.ports)
+
+
+def _set(numbers: Iterable[NumberRange]) -> str:
+    return "{ " + ", ".join(map(str, numbers)) + " }"
 
 
 def _address(match: Source | Destination, side: str) -> str:
@@ -91,10 +99,33 @@ def _not(negated: bool) -> str:
     return "!= " if negated else ""
 
 
-def _masked(key: str, match: PacketMark | ConnectionMark) -> str:
-    if match.mask == 0xFFFFFFFF:
-        return f"{key} {_not(match.negated)}{match.mark}"
-    return f"{key} and {match.mask} {'!=' if match.negated else '=='} {match.mark}"
+def _other_groups(match: OtherSocketGroup, key: str) -> str:
+    """Return one comparison per group, as the original does, or a set where that is more than the kernel takes."""
+    if len(match.gids) <= _MAX_COMPARISONS:
+        return " ".join(f"{key} != {gid}" for gid in match.gids)
+    return f"{key} != {_set(merged(match.gids))}"
+
+
+# A rule has at most 128 expressions (NFT_RULE_MAXEXPRS, net/netfilter/nf_tables_api.c), each comparison is two, counter
+# and verdict are one each.
+_MAX_COMPARISONS = 63
+
+
+def merged(ranges: Iterable[NumberRange]) -> list[NumberRange]:
+    """Return the same numbers in the fewest ranges, in ascending order, as the kernel lists a set."""
+    result: list[NumberRange] = []
+    for numbers in sorted(ranges):
+        if result and numbers.first <= result[-1].last + 1:
+            result[-1] = NumberRange(result[-1].first, max(result[-1].last, numbers.last))
+        else:
+            result.append(numbers)
+    return result
+
+
+def _masked(key: str, match: PacketMark | ConnectionMark, spell: Callable[[int], str]) -> str:
+    if match.mask == ALL_BITS:
+        return f"{key} {_not(match.negated)}{spell(match.mark)}"
+    return f"{key} & {spell(match.mask)} {'!=' if match.negated else '=='} {spell(match.mark)}"
 
 
 def _written_match(match: Match) -> str:
@@ -111,9 +142,10 @@ _MATCH_TEXT: dict[type[Any], Callable[[Any], str]] = {
     DestinationPort: lambda match: f"{match.protocol} dport {_not(match.negated)}{_ports(match)}",
     SocketUser: lambda match: f"skuid {_not(match.negated)}{match.uid}",
     SocketGroup: lambda match: f"skgid {_not(match.negated)}{match.gid}",
+    OtherSocketGroup: lambda match: _other_groups(match, "skgid"),
     ConnectionState: lambda match: f"ct state {','.join(match.states)}",
-    PacketMark: lambda match: _masked("mark", match),
-    ConnectionMark: lambda match: _masked("ct mark", match),
+    PacketMark: lambda match: _masked("mark", match, str),
+    ConnectionMark: lambda match: _masked("ct mark", match, str),
 }
 
 
@@ -129,23 +161,29 @@ def _listed_match(match: Match) -> str:
             return _written_match(match).removesuffix(f"/{network.prefixlen}")
         case ConnectionState(states):
             return "ct state " + ",".join(sorted(states, key=_STATE_ORDER.index))
-        case PacketMark(mark, _, negated):
-            return f"meta mark {_not(negated)}{mark:#010x}"
-        case ConnectionMark(mark, _, negated):
-            return f"ct mark {_not(negated)}{mark:#010x}"
+        case PacketMark():
+            return _masked("meta mark", match, _hexadecimal)
+        case ConnectionMark():
+            return _masked("ct mark", match, _hexadecimal)
         case SocketUser() | SocketGroup():
             return "meta " + _written_match(match)
+        case OtherSocketGroup():
+            return _other_groups(match, "meta skgid")
         case DestinationPort(protocol, ports, negated) if len(ports) > 1:
-            return _written_match(DestinationPort(protocol, tuple(sorted(set(ports))), negated))
+            return f"{protocol} dport {_not(negated)}{_set(sorted(set(ports)))}"
     return _written_match(match)
+
+
+def _hexadecimal(mark: int) -> str:
+    return f"{mark:#010x}"
 
 
 def _listed_action(rule: Rule) -> str:
     match rule.action:
         case TransparentProxy(_, mark):
-            return _written_action(rule).replace(f"mark set {mark}", f"mark set {mark:#010x}")
+            return _written_action(rule).replace(f"mark set {mark}", f"mark set {_hexadecimal(mark)}")
         case SetMark(mark):
-            return f"counter meta mark set {mark:#010x}"
+            return f"counter meta mark set {_hexadecimal(mark)}"
         case SaveMark():
             return "counter ct mark set meta mark"
     return _written_action(rule)

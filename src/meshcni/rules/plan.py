@@ -77,7 +77,7 @@ def _iptables_drift(desired: Ruleset, family: Family, observed: iptables.Observe
             is_wanted = chain in wanted.tables.get(table, {})
             rules = wanted.chain(table, chain).rules
             if chain in BUILT_IN_CHAINS or (not is_wanted and chain not in own):
-                yield from _rule_drift(place, rules, own_entries(observed, table, chain, rules))
+                yield from _rule_drift(place, rules, own_entries(observed, table, chain, wanted))
             elif not is_wanted:
                 yield Drift(DriftKind.UNEXPECTED_CHAIN, place, chain)
             elif chain not in own:
@@ -119,7 +119,7 @@ def _rule_drift(place: str, wanted: tuple[str, ...], there: tuple[str, ...]) -> 
 
 
 def digest(ruleset: Ruleset) -> str:
-    """Return 16 hexadecimal digits that are the same for rule sets that make the same kernel state, whatever the why."""
+    """Return 16 hexadecimal digits that are the same for rule sets that make the same kernel state."""
     lines = [" ".join(sorted(f"IPv{family.value}" for family in ruleset.families))]
     for table in ruleset.tables:
         for chain in table.chains:

@@ -29,6 +29,7 @@ from meshcni.rules.model import (
     Jump,
     LoopbackAddress,
     Match,
+    OtherSocketGroup,
     OutInterface,
     Redirect,
     Return,
@@ -66,6 +67,8 @@ from meshcni.rules.sidecar_tproxy import deliver_to_proxy, route_marked_packets,
 NAT = TableName.NAT
 MANGLE = TableName.MANGLE
 _INTERFACE_NAME = re.compile(r"""[^\s"'`;:{}\\/#$]+""")
+# All included groups stand in one rule, and iptables-restore takes 255 words in a line (MAX_ARGC, iptables/xshared.h).
+MAX_IPTABLES_OWNER_GROUPS = 49
 _MAX_INTERFACE_BYTES = 15  # IFNAMSIZ - 1, linux/if.h
 
 
@@ -74,21 +77,22 @@ def sidecar_ruleset(parameters: Interception, families: frozenset[Family], backe
 
     Raises RulesError when the parameters make no valid rule set.
     """
-    _check(parameters, families)
+    _check(parameters, families, backend)
     draft = Draft(families, backend)
     for step in STEPS:
         step(parameters, draft)
     return draft.finish()
 
 
-def _check(parameters: Interception, families: frozenset[Family]) -> None:
+def _check(parameters: Interception, families: frozenset[Family], backend: Backend) -> None:
     if not families:
         raise RulesError("no address family to make rules for", "the netns needs an IPv4 or a global IPv6 address")
     groups = parameters.owner_groups
-    if not isinstance(groups, Everything) and len(groups) > istio.MAX_OWNER_GROUPS:
+    most = MAX_IPTABLES_OWNER_GROUPS if backend is Backend.IPTABLES else istio.MAX_OWNER_GROUPS
+    if not isinstance(groups, Everything) and len(groups) > most:
         raise RulesError(
-            f"{len(groups)} owner groups in {istio.ENV_OWNER_GROUPS}, more than {istio.MAX_OWNER_GROUPS}",
-            "use ranges, or exclude groups instead",
+            f"{len(groups)} owner groups in {istio.ENV_OWNER_GROUPS}, more than the {most} that {backend.value} can do",
+            f"use ranges, or {istio.ENV_OWNER_GROUPS_EXCLUDE} with the groups not to be captured",
         )
     network = parameters.loopback_cidr
     if not network.is_loopback or network.prefixlen < 8:
@@ -235,7 +239,7 @@ def leave_other_owners(parameters: Interception, draft: Draft) -> None:
         for group in parameters.owner_groups_exclude:
             draft.append(NAT, OUTBOUND, (SocketGroup(group),), Return(), f"Owner group {group} is excluded.")
         return
-    matches = tuple(SocketGroup(group, negated=True) for group in groups)
+    matches = (OtherSocketGroup(groups),) if groups else ()
     listed = ", ".join(map(str, groups)) or "none"
     draft.append(NAT, OUTBOUND, matches, Return(), f"Only the traffic of these owner groups is captured: {listed}.")
 
