@@ -1,0 +1,49 @@
+"""Who programs packet rules: native nftables, iptables in its nft and its legacy variant, and a fake for tests.
+
+A backend acts on the network namespace of the thread that calls it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from meshcni.rules.model import Family, Ruleset
+from meshcni.rules.plan import Drift
+
+
+class PacketBackend(Protocol):
+    """One way of programming packet rules; one object serves one operation in one network namespace."""
+
+    @property
+    def variant(self) -> str:
+        """Its name in logs, metrics and `Applied`: `nftables`, `nft`, `legacy` or `fake`."""
+
+    @property
+    def processes(self) -> int:
+        """How many processes it has started so far."""
+
+    def holds_ours(self) -> bool:
+        """Tell whether rules of ours are in the kernel; starts no process and changes nothing."""
+
+    def apply(self, ruleset: Ruleset) -> bool:
+        """Make the kernel hold `ruleset` and nothing else of ours; tell whether anything had to be done.
+
+        Raises ApplyError; nothing of ours stays in this backend then.
+        """
+
+    def missing(self, ruleset: Ruleset) -> tuple[str, ...]:
+        """Name the chains of `ruleset` that the kernel does not have; starts no process (the check after an apply)."""
+
+    def drift(self, ruleset: Ruleset) -> tuple[Drift, ...]:
+        """Compare what the kernel holds, rule by rule and in order, with `ruleset`."""
+
+    def listing(self) -> str:
+        """Return the kernel's rules, ours and others', as text without counters: for people."""
+
+    def remove(self) -> None:
+        """Take everything of ours out; nothing there is fine. Raises ApplyError."""
+
+
+def families_of(ruleset: Ruleset) -> tuple[Family, ...]:
+    """Return the families of `ruleset` in the order in which they are programmed."""
+    return tuple(family for family in Family if family in ruleset.families)

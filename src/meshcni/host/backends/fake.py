@@ -1,0 +1,53 @@
+"""A packet backend without a kernel, for tests of what is above: it keeps the rule set it was given."""
+
+from __future__ import annotations
+
+from meshcni.errors import ApplyError
+from meshcni.rules import nft, plan
+from meshcni.rules.model import Backend, Ruleset
+
+
+class FakeBackend:
+    """Holds one rule set, as one network namespace would; passes the contract test of the real backends.
+
+    `refuse` is the message of the ApplyError that the next `apply` raises, empty for none.
+    """
+
+    variant = "fake"
+    kind = Backend.NFTABLES
+    processes = 0
+
+    def __init__(self, refuse: str = "") -> None:
+        self.held: Ruleset | None = None
+        self.refuse = refuse
+
+    def holds_ours(self) -> bool:
+        """Tell whether a rule set is held."""
+        return self.held is not None
+
+    def apply(self, ruleset: Ruleset) -> bool:
+        """Hold `ruleset`, or refuse it and hold nothing."""
+        if self.refuse:
+            self.held = None
+            raise ApplyError(self.refuse)
+        changed = self.held != ruleset
+        self.held = ruleset
+        return changed
+
+    def missing(self, ruleset: Ruleset) -> tuple[str, ...]:
+        """Name the chains of `ruleset` that are not held."""
+        held = {(table.name, chain.name) for table in (self.held.tables if self.held else ()) for chain in table.chains}
+        wanted = [(table.name, chain.name) for table in ruleset.tables for chain in table.chains]
+        return tuple(f"{table.value} {chain}" for table, chain in wanted if (table, chain) not in held)
+
+    def drift(self, ruleset: Ruleset) -> tuple[plan.Drift, ...]:
+        """Compare what is held with `ruleset`, by way of the listing that nft would print."""
+        return plan.drift(ruleset, nft.parse(self.listing()))
+
+    def listing(self) -> str:
+        """Return what nft would list."""
+        return nft.listing(self.held) if self.held else ""
+
+    def remove(self) -> None:
+        """Hold nothing."""
+        self.held = None

@@ -1,0 +1,228 @@
+"""iptables in its nft and its legacy variant: one restore process for each family, and a save only where needed.
+
+Whether a namespace is untouched, and whether our chains are in it, is read from the kernel without a process and
+without making tables appear (`libnftables`, `xtables`). Only where tables exist already, `*-save` tells what is in
+them, so that one restore transaction leads from there to the desired state.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fcntl import ioctl
+
+from meshcni import istio
+from meshcni.errors import ApplyError
+from meshcni.host.backends import families_of, libnftables, xtables
+from meshcni.rules import iptables, plan
+from meshcni.rules.model import BUILT_IN_CHAINS, Backend, Family, Ruleset
+
+VARIANTS = ("nft", "legacy")
+SEARCH_PATH = ("/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin", "/bin")
+WAIT_SECONDS = 10  # for another iptables in the same pod
+TIMEOUT_SECONDS = 30.0
+NS_GET_USERNS = 0xB701  # linux/nsfs.h
+_COMMAND = {Family.V4: "iptables", Family.V6: "ip6tables"}
+_NFT_FAMILY = {Family.V4: "ip", Family.V6: "ip6"}
+
+# A pod has its own tables, so its lock is its own too: the namespace file itself, the child's by the time it opens it.
+# Nobody who holds the host's /run/xtables.lock makes a pod wait. Nothing else of our environment is passed on.
+ENVIRONMENT = {"PATH": ":".join(SEARCH_PATH), "LC_ALL": "C", "XTABLES_LOCKFILE": "/proc/thread-self/ns/net"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """Absolute paths of one variant's commands, by family; `nsenter` is empty where there is none."""
+
+    variant: str
+    restore: Mapping[Family, str]
+    save: Mapping[Family, str]
+    nsenter: str = ""
+
+
+def find_tools(variant: str, search_path: tuple[str, ...] = SEARCH_PATH) -> Tools | None:
+    """Find the commands of `variant` (`nft` or `legacy`), None when the IPv4 ones are not all there.
+
+    A command without variant in its name counts when it is a link to the variant's multi-call binary.
+    """
+    restore = {family: _find(command, variant, "restore", search_path) for family, command in _COMMAND.items()}
+    save = {family: _find(command, variant, "save", search_path) for family, command in _COMMAND.items()}
+    if not restore[Family.V4] or not save[Family.V4]:
+        return None
+    return Tools(variant, restore, save, _first_executable(("nsenter",), search_path))
+
+
+def _find(command: str, variant: str, suffix: str, search_path: tuple[str, ...]) -> str:
+    exact = _first_executable((f"{command}-{variant}-{suffix}",), search_path)
+    plain = "" if exact else _first_executable((f"{command}-{suffix}",), search_path)
+    if plain and f"xtables-{variant}-" in os.path.realpath(plain):
+        return plain
+    return exact
+
+
+def _first_executable(names: tuple[str, ...], search_path: tuple[str, ...]) -> str:
+    candidates = (os.path.join(folder, name) for folder in search_path for name in names)
+    return next((path for path in candidates if os.access(path, os.X_OK)), "")
+
+
+class IptablesBackend:
+    """Programs our chains and our entries in the built-in chains of one iptables variant; see PacketBackend."""
+
+    kind = Backend.IPTABLES
+
+    def __init__(self, tools: Tools) -> None:
+        self.variant = tools.variant
+        self.processes = 0
+        self._tools = tools
+
+    def holds_ours(self) -> bool:
+        """Tell whether a chain of ours exists in either family."""
+        return any(_has_ours(self._chains(family)) for family in Family)
+
+    def apply(self, ruleset: Ruleset) -> bool:
+        """Lead each family from what it holds to `ruleset`; a family that `ruleset` leaves out loses what is ours."""
+        try:
+            observed = self._observe(ruleset)
+            if observed and not plan.drift(ruleset, observed):
+                return False
+            for family in Family:
+                self._restore(family, iptables.render(ruleset, family, observed.get(family)))
+        except ApplyError:
+            self._remove_after_failure()
+            raise
+        return True
+
+    def missing(self, ruleset: Ruleset) -> tuple[str, ...]:
+        """Name the chains of `ruleset` that do not exist."""
+        absent = []
+        for family in families_of(ruleset):
+            present = self._chains(family)
+            for table in ruleset.for_family(family):
+                names = {chain.name for chain in table.chains} - set(BUILT_IN_CHAINS)
+                absent += [
+                    f"{_COMMAND[family]} {table.name.value} {name}"
+                    for name in sorted(names - set(present.get(table.name.value, ())))
+                ]
+        return tuple(absent)
+
+    def drift(self, ruleset: Ruleset) -> tuple[plan.Drift, ...]:
+        """Compare what is ours with `ruleset`; starts one process for each family that has tables."""
+        return plan.drift(ruleset, self._observe(ruleset))
+
+    def listing(self) -> str:
+        """Return what the save commands print for the families that have tables."""
+        return "".join(self._save(family) for family in Family if self._chains(family))
+
+    def remove(self) -> None:
+        """Take our chains and entries out of both families."""
+        for family in Family:
+            self._remove_family(family)
+
+    def _remove_after_failure(self) -> None:
+        """Remove what is there of each family; a second failure adds nothing to the first one's message."""
+        for family in Family:
+            try:
+                self._remove_family(family)
+            except ApplyError:
+                continue
+
+    def _remove_family(self, family: Family) -> None:
+        if _has_ours(self._chains(family)):
+            self._restore(family, iptables.render_removal(iptables.parse(self._save(family))))
+
+    def _observe(self, ruleset: Ruleset) -> dict[Family, iptables.ObservedTables]:
+        """Return what each family holds, without those that have no tables at all (the usual case for a new pod).
+
+        A family that `ruleset` leaves out is looked at only when something of ours is in it.
+        """
+        observed = {}
+        for family in Family:
+            tables = self._chains(family)
+            if _has_ours(tables) or (tables and family in ruleset.families):
+                observed[family] = iptables.parse(self._save(family))
+        return observed
+
+    def _chains(self, family: Family) -> Mapping[str, tuple[str, ...]]:
+        """Return the chains of each table of `family` that exists, asked without a process."""
+        if self.variant == "legacy":
+            return xtables.chains(family)
+        try:
+            found = libnftables.chains()
+        except libnftables.NftUnavailableError:
+            return {}
+        return {table: chains for (kind, table), chains in found.items() if kind == _NFT_FAMILY[family]}
+
+    def _save(self, family: Family) -> str:
+        return self._run(self._tools.save[family], f"{_COMMAND[family]}-save", (), "")
+
+    def _restore(self, family: Family, text: str) -> None:
+        if text:
+            arguments = ("--noflush", f"--wait={WAIT_SECONDS}")
+            self._run(self._tools.restore[family], f"{_COMMAND[family]}-restore", arguments, text)
+
+    def _run(self, path: str, name: str, arguments: tuple[str, ...], text: str) -> str:
+        if not path:
+            raise ApplyError(f"there is no {name} for the {self.variant} variant", "install iptables")
+        prefix, user_namespace = self._into_user_namespace()
+        self.processes += 1
+        try:
+            done = subprocess.run(
+                [*prefix, path, *arguments],
+                input=text,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                env=ENVIRONMENT,
+                cwd="/",
+                timeout=TIMEOUT_SECONDS,
+                pass_fds=user_namespace,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise ApplyError(f"{path} took more than {TIMEOUT_SECONDS:.0f} s", "is its lock in the pod held?") from None
+        except OSError as error:
+            raise ApplyError(f"{path} cannot be started: {error}", "is the agent's image complete?") from None
+        finally:
+            for fd in user_namespace:
+                os.close(fd)
+        if done.returncode != 0:
+            raise ApplyError(
+                f"{path} refused the rules (status {done.returncode}): {done.stderr.strip()[:2000]}",
+                _hint(done.stderr),
+            )
+        return done.stdout
+
+    def _into_user_namespace(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Return the command prefix, and the descriptor it needs, for a pod with a user namespace of its own.
+
+        The kernel takes owner matches only from a process in the user namespace that owns the network namespace
+        (net/netfilter/xt_owner.c).
+        """
+        net = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            owner = ioctl(net, NS_GET_USERNS)
+        except OSError:
+            return (), ()  # not ours to see: then it is a namespace above ours, or the kernel is older than 4.9
+        finally:
+            os.close(net)
+        if os.fstat(owner).st_ino == os.stat("/proc/self/ns/user").st_ino:
+            os.close(owner)
+            return (), ()
+        if not self._tools.nsenter:
+            os.close(owner)
+            raise ApplyError("the pod has a user namespace of its own and there is no nsenter", "use nftables")
+        return (self._tools.nsenter, f"--user=/proc/self/fd/{owner}", "--"), (owner,)
+
+
+def _has_ours(tables: Mapping[str, tuple[str, ...]]) -> bool:
+    return any(name.startswith(istio.IPTABLES_CHAIN_PREFIX) for chains in tables.values() for name in chains)
+
+
+def _hint(stderr: str) -> str:
+    if "Permission denied" in stderr or "not permitted" in stderr:
+        return "CAP_NET_ADMIN and CAP_NET_RAW are needed"
+    if "does not exist" in stderr or "Table" in stderr or "No chain/target/match" in stderr:
+        return "is a kernel module (xt_REDIRECT, xt_TPROXY, xt_owner, xt_CT, iptable_nat) missing?"
+    return "the rules in question are shown by `meshcni rules sidecar`"

@@ -1,0 +1,77 @@
+"""nft in this process: commands for the network namespace of the calling thread through Debian's libnftables binding.
+
+A context opens its socket when it is made, so it belongs to the namespace of the thread that makes it, and lives for
+one call. The library keeps global state, so contexts are used one at a time; a call takes about a millisecond.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+from collections.abc import Mapping
+
+from meshcni.errors import ApplyError
+
+NETLINK_NETFILTER = 12  # linux/netlink.h
+_TABLE = re.compile(r"^table (\S+) (\S+) \{")
+_CHAIN = re.compile(r"^\tchain (\S+) \{")
+_one_at_a_time = threading.Lock()
+
+
+class NftUnavailableError(ApplyError):
+    """There is no nftables here: neither the library nor, perhaps, the kernel's side."""
+
+
+def run(commands: str) -> str:
+    """Execute nft `commands` as one transaction and return what they print, without counter values.
+
+    Raises ApplyError with nft's own message, NftUnavailableError when library or kernel lack nftables.
+    """
+    try:
+        from nftables import Nftables
+    except ImportError:
+        raise NftUnavailableError("Python's nftables module is missing", "install python3-nftables") from None
+    with _one_at_a_time:
+        _check_socket()
+        try:
+            context = Nftables()
+        except OSError as error:
+            raise NftUnavailableError(f"libnftables cannot be loaded: {error}", "install libnftables1") from None
+        context.set_stateless_output(True)
+        status, output, errors = context.cmd(commands)
+        del context
+    if status != 0:
+        raise _explain(str(errors).strip())
+    return str(output)
+
+
+def _check_socket() -> None:
+    """libnftables ends the whole process when it gets no netfilter socket, so ask for one first."""
+    try:
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER).close()
+    except OSError as error:
+        raise NftUnavailableError(
+            f"no netfilter socket: {error}", "the kernel lacks nf_tables, or the descriptor limit is reached"
+        ) from None
+
+
+def _explain(errors: str) -> ApplyError:
+    first = errors.splitlines()[0] if errors else "nft gave no reason"
+    if "cache initialization failed" in errors and ("not supported" in errors or "Invalid argument" in errors):
+        return NftUnavailableError(f"the kernel has no nf_tables: {first}", "load nf_tables or use iptables (legacy)")
+    if "Operation not permitted" in errors:
+        return ApplyError(f"nft was refused: {first}", "CAP_NET_ADMIN is needed in the pod's network namespace")
+    return ApplyError(f"nft refused the rules: {errors}", "is a kernel module (nft_redir, nft_tproxy, nft_ct) missing?")
+
+
+def chains() -> Mapping[tuple[str, str], tuple[str, ...]]:
+    """Return the chain names of every table of this namespace, by (nft family, table), in listing order."""
+    found: dict[tuple[str, str], list[str]] = {}
+    current: list[str] = []
+    for line in run("list chains").splitlines():
+        if table := _TABLE.match(line):
+            current = found.setdefault((table[1], table[2]), [])
+        elif chain := _CHAIN.match(line):
+            current.append(chain[1])
+    return {table: tuple(names) for table, names in found.items()}
