@@ -16,11 +16,11 @@ from urllib.parse import quote, urlencode
 
 from meshcni import __version__, istio
 from meshcni.kube import failures
-from meshcni.kube.credentials import Access
+from meshcni.kube.credentials import Access, InCluster
 from meshcni.kube.failures import ApiError, describe, from_answer, from_status, without_answer
 
 if TYPE_CHECKING:
-    from meshcni.kube.transport import Answer, Transport
+    from meshcni.kube.transport import Transport
     from meshcni.pods.model import Pod
 
 CALL_SECONDS = 5.0  # deadline of one call, retries included; the runtime gives an ADD minutes, a person seconds
@@ -232,28 +232,31 @@ class KubeApi:
         call = describe(method, path)
         try:
             async with asyncio.timeout(timeout), self._slots:
-                answer = await self._call(method, path, accept, body, timeout)
+                status, headers, content = await self._call(method, path, accept, body, timeout)
         except TimeoutError as error:
             raise without_answer(failures.TIMEOUT, call, f"no answer within {timeout:g} s") from error
-        if answer.status >= 300:
-            raise from_answer(answer.status, call, answer.headers, answer.body)
-        return await _decoded(call, answer.body)
+        if status >= 300:
+            raise from_answer(status, call, headers, content)
+        return _decoded(call, content)
 
-    async def _call(self, method: str, path: str, accept: str, body: Object | None, timeout: float) -> Answer:
+    async def _call(
+        self, method: str, path: str, accept: str, body: Object | None, timeout: float
+    ) -> tuple[int, Mapping[str, str], bytes]:
         transport = await self._open()
         content = json.dumps(body).encode() if body is not None else None
         retries = {"unauthorized": 1, "broken": 1 if method == "GET" else 0}
         while True:
             headers = self._headers(transport, accept)
             try:
-                answer = await transport.request(method, path, headers, content, timeout)
+                async with transport.stream(method, path, headers, content, timeout) as answer:
+                    got = b"".join([chunk async for chunk in answer.chunks])
             except ApiError as error:
                 if error.cause != failures.BROKEN or not retries["broken"]:
                     raise
                 retries["broken"] -= 1
                 continue
             if answer.status != 401 or transport.token is None or not retries["unauthorized"]:
-                return answer
+                return answer.status, answer.headers, got
             transport.token.forget()
             retries["unauthorized"] -= 1
 
@@ -264,7 +267,7 @@ class KubeApi:
         return headers
 
     async def _open(self) -> Transport:
-        """The transport, made on a thread at first use: importing it and making a TLS context take about 200 ms."""
+        """The transport, made on a thread at first use: it imports, reads files and makes a TLS context."""
         async with self._opening:
             if self._transport is None:
                 self._transport = await asyncio.to_thread(_make_transport, self._access)
@@ -272,9 +275,14 @@ class KubeApi:
 
 
 def _make_transport(access: Access) -> Transport:
-    from meshcni.kube.transport import Transport
+    """The light transport where it will do, lightkube where a kubeconfig or a proxy may ask for anything."""
+    if isinstance(access, InCluster) and not access.behind_proxy:
+        from meshcni.kube.transport import ClusterTransport
 
-    return Transport(access)
+        return ClusterTransport(access)
+    from meshcni.kube.kubeconfig import KubeconfigTransport
+
+    return KubeconfigTransport(access)
 
 
 def _query(**parameters: str) -> str:
@@ -282,7 +290,7 @@ def _query(**parameters: str) -> str:
     return f"?{urlencode(given)}" if given else ""
 
 
-async def _decoded(call: str, body: bytes) -> Object:
+def _decoded(call: str, body: bytes) -> Object:
     try:
         decoded = json.loads(body)
     except ValueError as error:
@@ -305,7 +313,7 @@ async def _events(call: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[Obje
     async for line in split_lines(
         chunks, MAX_EVENT_BYTES, lambda problem: without_answer(failures.BROKEN, call, problem)
     ):
-        event = await _decoded(call, line)
+        event = _decoded(call, line)
         if event.get("type") == "ERROR":
             status = event.get("object")
             raise from_status(call, status if isinstance(status, Mapping) else {})

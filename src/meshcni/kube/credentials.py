@@ -16,11 +16,12 @@ from meshcni import istio
 from meshcni.kube import failures
 from meshcni.kube.failures import ApiError
 
-if TYPE_CHECKING:  # lightkube costs 100 ms and 14 MiB: it is loaded by transport.py, off the event loop
+if TYPE_CHECKING:  # lightkube is heavy: kubeconfig.py says how much
     from lightkube.config.kubeconfig import SingleConfig
 
 TOKEN_NAME = "token"
 CA_NAME = "ca.crt"
+PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 MAX_TOKEN_BYTES = 64 * 1024
 
 Stamp = tuple[int, int, int]
@@ -99,6 +100,11 @@ class InCluster:
         return f"{protocol}://{f'[{host}]' if ':' in host else host}:{port}"
 
     @property
+    def behind_proxy(self) -> bool:
+        """Whether the environment names a proxy, which Go's clients would use too."""
+        return any(self.environment.get(name) for name in PROXY_VARIABLES)
+
+    @property
     def ca_file(self) -> str:
         """The CA bundle that signs the API server's certificate."""
         return os.path.join(self.service_account_dir, CA_NAME)
@@ -124,11 +130,6 @@ class KubeconfigFile:
 
     path: str
     context: str = ""
-
-    @property
-    def ca_file(self) -> str:
-        """Empty: what a kubeconfig names is read once."""
-        return ""
 
     def token_file(self) -> TokenFile | None:
         """The user's `tokenFile`, watched as a service account's is; other credentials are left to lightkube."""

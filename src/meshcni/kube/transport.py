@@ -1,139 +1,200 @@
-"""HTTP to the API server: lightkube reads the configuration and makes TLS and authentication, httpx2 moves the bytes.
+"""HTTP/1.1 to the API server as the node agent uses it: asyncio's streams and TLS, h11's grammar, few connections.
 
-Importing this module loads both (about 100 ms, 14 MiB), so client.py does it on a thread when the first call is made.
+A full client (lightkube's httpx2 and anyio) took 20 MiB and 300 ms more until its first answer than this does, which
+is a third of what the whole agent may weigh; kubeconfig.py has it, for what this cannot do.
 """
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import ssl
+import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
 from urllib.parse import urlsplit
 
-import httpx2
-from lightkube.config.client_adapter import ConnectionParams
-from lightkube.core.exceptions import ConfigError
+import h11
 
 from meshcni.kube import failures
-from meshcni.kube.credentials import Access, Stamp, TokenFile, file_stamp
+from meshcni.kube.credentials import InCluster, Stamp, TokenFile, file_stamp
 from meshcni.kube.failures import ApiError, describe, without_answer
 
-CONNECT_SECONDS = 5.0
-MAX_CONNECTIONS = 16  # watches hold one each; the rest are short calls
-KEEPALIVE_SECONDS = 30.0
-logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request at info
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A complete answer; header names are lower case."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
+CONNECT_SECONDS = 5.0  # TCP and TLS together
+MAX_IDLE = 4  # connections kept for the next call
+IDLE_SECONDS = 60.0  # a real API server closes idle ones after 90 s
+READ_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
 class OpenAnswer:
-    """An answer whose body still streams in."""
+    """An answer whose body streams in; header names are lower case."""
 
     status: int
     headers: Mapping[str, str]
     chunks: AsyncIterator[bytes]
 
 
-class Transport:
-    """One connection pool to one API server. Every failure comes out as ApiError with status 0."""
+class Transport(Protocol):
+    """What client.py needs: connections to one API server. Every failure comes out as ApiError with status 0.
 
-    def __init__(self, access: Access) -> None:
-        try:
-            config = access.load()
-            # As with Go's clients, proxies of the environment are used, but never towards our own machine.
-            trust_env = urlsplit(config.cluster.server).hostname not in LOOPBACK_HOSTS
-            arguments = ConnectionParams(timeout=None, trust_env=trust_env).httpx_params(config)
-        except (OSError, ConfigError, ValueError) as error:
-            raise ApiError(
-                0,
-                f"cannot make a client for the API server: {type(error).__name__}: {error}",
-                "check the CA file, the client certificate and the kubeconfig",
-                cause=failures.CREDENTIALS,
-            ) from error
+    `token` is a bearer token that client.py adds to each request; None when the transport authenticates by itself.
+    """
+
+    token: TokenFile | None
+
+    async def close(self) -> None:
+        """End all connections."""
+
+    def stream(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, read_seconds: float
+    ) -> AbstractAsyncContextManager[OpenAnswer]:
+        """One call; `path` carries the query, `read_seconds` is the longest silence, before the answer and in it."""
+
+
+@dataclass(eq=False)
+class _Connection:
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    http: h11.Connection = field(default_factory=lambda: h11.Connection(h11.CLIENT))
+    idle_since: float = 0.0
+
+    async def send(self, request: h11.Request, body: bytes | None) -> None:
+        parts = [request, *([h11.Data(data=body)] if body else []), h11.EndOfMessage()]
+        self.writer.write(b"".join(self.http.send(part) or b"" for part in parts))
+        await self.writer.drain()
+
+    async def receive(self, read_seconds: float) -> h11.Event | type[h11.PAUSED]:
+        while (event := self.http.next_event()) is h11.NEED_DATA:
+            async with asyncio.timeout(read_seconds):
+                self.http.receive_data(await self.reader.read(READ_BYTES))
+        return event  # type: ignore[return-value]  # NEED_DATA is out
+
+    def abort(self) -> None:
+        self.writer.transport.abort()
+
+
+class ClusterTransport:
+    """Transport of a pod to its cluster's API server. One connection per call or watch at a time."""
+
+    def __init__(self, access: InCluster) -> None:
+        url = urlsplit(access.server)
+        self._host, self._port = url.hostname or "", url.port or 443
+        self._authority = url.netloc
         self.token: TokenFile | None = access.token_file()
-        if self.token is not None:
-            arguments["auth"] = None  # client.py adds the token
         self._ca_file = access.ca_file
         self._ca_stamp: Stamp | None = file_stamp(self._ca_file)
-        self._tls: ssl.SSLContext = arguments["verify"]
-        limits = httpx2.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=KEEPALIVE_SECONDS)
-        self._http = httpx2.AsyncClient(**arguments, limits=limits, follow_redirects=False)
+        self._tls = _tls_context(self._ca_file) if url.scheme == "https" else None
+        self._idle: list[_Connection] = []
+        self._busy: set[_Connection] = set()
 
     async def close(self) -> None:
         """End all connections, watches too."""
-        await self._http.aclose()
-
-    async def request(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, read_seconds: float
-    ) -> Answer:
-        """One call with its whole answer; `path` carries the query. The caller sets the deadline over everything."""
-        async with self.stream(method, path, headers, body, read_seconds) as answer:
-            content = b"".join([chunk async for chunk in answer.chunks])
-            return Answer(answer.status, answer.headers, content)
+        for connection in [*self._idle, *self._busy]:
+            connection.abort()
+        self._idle.clear()
 
     @asynccontextmanager
     async def stream(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, read_seconds: float
     ) -> AsyncIterator[OpenAnswer]:
-        """One call; `read_seconds` is the longest silence allowed, before the answer and within it."""
-        self._follow_ca_rotation()
-        timeout = httpx2.Timeout(read_seconds, connect=CONNECT_SECONDS, pool=read_seconds)
+        """One call; see Transport."""
         call = describe(method, path)
+        connection = self._take_idle() or await self._connect(call)
+        self._busy.add(connection)
         try:
-            request = self._http.build_request(method, path, headers=dict(headers), content=body, timeout=timeout)
-            response = await self._http.send(request, stream=True)
-        except (httpx2.HTTPError, httpx2.InvalidURL, ConfigError, OSError) as error:
-            raise _no_answer(call, error) from error
-        try:
-            yield OpenAnswer(response.status_code, response.headers, _chunks(call, response))
+            fields = {"Host": self._authority, **headers}
+            if body is not None:
+                fields["Content-Length"] = str(len(body))
+            with _no_answer(call, failures.TIMEOUT):
+                await connection.send(h11.Request(method=method, target=path, headers=list(fields.items())), body)
+                head = await connection.receive(read_seconds)
+                while isinstance(head, h11.InformationalResponse):
+                    head = await connection.receive(read_seconds)
+            if not isinstance(head, h11.Response):
+                raise without_answer(failures.BROKEN, call, "the connection ended without an answer")
+            names = {name.decode(): value.decode("latin-1") for name, value in head.headers}
+            yield OpenAnswer(head.status_code, names, _chunks(call, connection, read_seconds))
         finally:
-            await response.aclose()
+            self._busy.discard(connection)
+            self._keep_or_abort(connection)
+
+    def _take_idle(self) -> _Connection | None:
+        now = time.monotonic()
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.reader.at_eof() and now - connection.idle_since < IDLE_SECONDS:
+                return connection
+            connection.abort()
+        return None
+
+    def _keep_or_abort(self, connection: _Connection) -> None:
+        http = connection.http
+        if http.our_state is h11.DONE and http.their_state is h11.DONE and len(self._idle) < MAX_IDLE:
+            http.start_next_cycle()
+            connection.idle_since = time.monotonic()
+            self._idle.append(connection)
+        else:
+            connection.abort()
+
+    async def _connect(self, call: str) -> _Connection:
+        self._follow_ca_rotation()
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                return _Connection(*await asyncio.open_connection(self._host, self._port, ssl=self._tls))
+        except TimeoutError as error:
+            detail = f"no connection to {self._authority} within {CONNECT_SECONDS:g} s"
+            raise without_answer(failures.CONNECT, call, detail) from error
+        except ssl.SSLError as error:
+            raise without_answer(failures.TLS, call, f"{self._authority}: {error}") from error
+        except OSError as error:
+            raise without_answer(failures.CONNECT, call, f"{self._authority}: {error}") from error
 
     def _follow_ca_rotation(self) -> None:
         """A CA that was rotated in is trusted by the next handshake; the one before stays trusted until a restart."""
-        stamp = file_stamp(self._ca_file) if self._ca_file else None
-        if stamp is None or stamp == self._ca_stamp:
+        stamp = file_stamp(self._ca_file)
+        if self._tls is None or stamp is None or stamp == self._ca_stamp:
             return
         try:
             self._tls.load_verify_locations(cafile=self._ca_file)
         except (OSError, ssl.SSLError):
-            return  # half-written: looked at again at the next call
+            return  # half-written: looked at again at the next connection
         self._ca_stamp = stamp
 
 
-async def _chunks(call: str, response: httpx2.Response) -> AsyncIterator[bytes]:
+def _tls_context(ca_file: str) -> ssl.SSLContext:
     try:
-        async for chunk in response.aiter_bytes():
-            yield chunk
-    except httpx2.ReadTimeout as error:
-        raise without_answer(failures.SILENCE, call, "nothing came for longer than it should") from error
-    except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
-        raise _no_answer(call, error) from error
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ApiError(
+            0,
+            f"the API server's CA in {ca_file} cannot be used: {error}",
+            "is the service account mounted (automountServiceAccountToken)?",
+            cause=failures.CREDENTIALS,
+        ) from error
 
 
-def _no_answer(call: str, error: Exception) -> ApiError:
-    return without_answer(_cause(error), call, f"{type(error).__name__}: {error}".rstrip(": "))
+async def _chunks(call: str, connection: _Connection, read_seconds: float) -> AsyncIterator[bytes]:
+    while True:
+        with _no_answer(call, failures.SILENCE):
+            event = await connection.receive(read_seconds)
+        if not isinstance(event, h11.Data):
+            return
+        yield bytes(event.data)
 
 
-def _cause(error: Exception) -> str:
-    if isinstance(error, httpx2.ConnectError):
-        below: BaseException | None = error
-        while below is not None:
-            if isinstance(below, ssl.SSLError):
-                return failures.TLS
-            below = below.__cause__ or below.__context__
-        return failures.CONNECT
-    if isinstance(error, httpx2.ConnectTimeout):
-        return failures.CONNECT
-    return failures.TIMEOUT if isinstance(error, httpx2.TimeoutException) else failures.BROKEN
+class _no_answer:
+    """Turn what the network raises into ApiError; a time that ran out gets the cause `late`."""
+
+    def __init__(self, call: str, late: str) -> None:
+        self._call, self._late = call, late
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, TimeoutError):
+            raise without_answer(self._late, self._call, "nothing came for longer than it should") from error
+        if isinstance(error, OSError | h11.RemoteProtocolError):
+            detail = str(error) or type(error).__name__
+            raise without_answer(failures.BROKEN, self._call, f"the connection broke: {detail}") from error
