@@ -109,7 +109,9 @@ class Node:
         settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, **options}
         full = {**CLEAN_ENVIRONMENT, **(environment or {})}
         try:
-            process = self.call(lambda: subprocess.Popen(arguments, env=full, cwd="/", **settings), netns)
+            process = self.call(
+                lambda: subprocess.Popen(arguments, env=full, cwd="/", start_new_session=True, **settings), netns
+            )
         finally:
             if not isinstance(output, int):
                 output.close()
@@ -160,7 +162,13 @@ class Node:
         command += ["--fork", "--kill-child", "--mount-proc", str(HERE / "init.sh"), self.name]
         with self.log_path("init").open("wb") as errors:
             self._outer = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, cwd="/", env=CLEAN_ENVIRONMENT
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                cwd="/",
+                env=CLEAN_ENVIRONMENT,
+                start_new_session=True,  # Ctrl-C on the terminal is for us alone; we clear away in order
             )
         assert self._outer.stdout is not None
         with self._outer.stdout as output:
@@ -208,6 +216,11 @@ def start_ticks(pid: int) -> int:
     except FileNotFoundError:
         return 0
     return int(text.rpartition(")")[2].split()[19])
+
+
+def last_lines(text: str, count: int) -> str:
+    """Return the last `count` lines of a log."""
+    return "\n".join(text.splitlines()[-count:])
 
 
 def only_child(pid: int) -> int:

@@ -1,0 +1,156 @@
+"""Our agent as a process of a lab node, with the directories of its container given by environment variables."""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lab import namespaces
+from lab.containerd import Containerd
+from lab.node import LabError, Node, last_lines, wait_until
+from lab.objects import NODE_NAME
+from meshcni import istio
+
+ROOT = Path(__file__).parent.parent
+PLUGIN = ROOT / "build" / "istio-cni"
+AGENT = Path(sys.executable).parent / "install-cni"
+START_SECONDS = 30.0
+STOP_SECONDS = 30.0
+AGENT_NAMESPACE = "istio-system"
+RUN_DIR = "/run/istio-cni"
+EXCLUDED_NAMESPACE = "kube-system"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOptions:
+    """What a test varies; `environment` beats everything else."""
+
+    nftables: bool = True
+    force_iptables: str = ""
+    wait_seconds: float = 20.0  # the plugin's patience with an absent agent
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Agent:
+    """Starts, stops, kills and asks the agent; `api_environment` says where the API server is."""
+
+    def __init__(
+        self, node: Node, runtime: Containerd, api_environment: Mapping[str, str], service_account: Path
+    ) -> None:
+        self.node, self.runtime = node, runtime
+        self.options = AgentOptions()
+        self.process: subprocess.Popen[bytes] | None = None
+        self._api_environment = api_environment
+        self._service_account = service_account
+        self._image = node.folder / "image"
+
+    def start(self, options: AgentOptions | None = None, *, wait: bool = True) -> None:
+        """Start it, with the last options when none are given; with `wait` return when containerd uses its plugin."""
+        self.options = options or self.options
+        self._image.mkdir(exist_ok=True)
+        if not (self._image / istio.PLUGIN_NAME).exists():
+            if not PLUGIN.exists():
+                raise LabError(f"no plugin: {PLUGIN.relative_to(ROOT)} is not built (make plugin)")
+            shutil.copy2(PLUGIN, self._image / istio.PLUGIN_NAME)
+        if not AGENT.exists():
+            raise LabError(f"no agent: {AGENT} is not installed (scripts/setup)")
+        self.process = self.node.spawn([str(AGENT)], environment=self._environment(), log="agent")
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Return when /readyz says 200 and containerd has loaded the chain with our plugin."""
+        wait_until("the agent is ready", self.is_ready, START_SECONDS)
+        wait_until("containerd has loaded istio-cni", self.is_in_chain, START_SECONDS)
+
+    def is_ready(self) -> bool:
+        """Ask /readyz; LabError when the agent has ended."""
+        if self.process is None or self.process.poll() is not None:
+            raise LabError(f"the agent ended; its log ends with\n{last_lines(self.log_text(), 12)}")
+        try:
+            return self.get(istio.HEALTH_PORT, istio.READY_PATH)[0] == 200
+        except OSError:
+            return False
+
+    def is_in_chain(self) -> bool:
+        """Tell whether the chain that containerd uses holds our plugin."""
+        return istio.PLUGIN_NAME in self.runtime.cri.loaded_chain()
+
+    def get(self, port: int, path: str) -> tuple[int, str]:
+        """GET from the agent's own servers: status and body. OSError when nobody answers."""
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.sock = namespaces.connect(self.node.netns, "127.0.0.1", port)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        except http.client.HTTPException as error:
+            raise ConnectionError(str(error)) from error
+        finally:
+            connection.close()
+
+    def terminate(self) -> int:
+        """Send SIGTERM, as the kubelet does, and return the exit status."""
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> int:
+        """Send SIGKILL."""
+        return self._end(signal.SIGKILL)
+
+    def log_text(self) -> str:
+        """Return all it has logged."""
+        return self.node.log_path("agent").read_text()
+
+    def _end(self, number: int) -> int:
+        if self.process is None:
+            return 0
+        self.process.send_signal(number)
+        status = self.process.wait(STOP_SECONDS)
+        self.process = None
+        return status
+
+    def _environment(self) -> dict[str, str]:
+        options = self.options
+        return {
+            "MOUNTED_CNI_NET_DIR": str(self.runtime.conf_dir),
+            "CNI_BINARY_SOURCE_DIR": str(self._image),
+            "CNI_BINARY_TARGET_DIR": str(self.runtime.bin_dir),
+            "CNI_AGENT_RUN_DIR": RUN_DIR,
+            "SERVICE_ACCOUNT_DIR": str(self._service_account),
+            "NODE_NAME": NODE_NAME,
+            "POD_NAME": f"{istio.AGENT_POD_PREFIX}lab",
+            "POD_NAMESPACE": AGENT_NAMESPACE,
+            "EXCLUDE_NAMESPACES": EXCLUDED_NAMESPACE,
+            "NATIVE_NFTABLES": "true" if options.nftables else "false",
+            "FORCE_IPTABLES_BINARY": options.force_iptables,
+            "AGENT_WAIT_SECONDS": f"{options.wait_seconds:g}",
+            "REPAIR_ENABLED": "false",
+            **self._api_environment,
+            **options.environment,
+        }
+
+
+def cpu_ticks(pid: int) -> int:
+    """Return the CPU time of process `pid` and its reaped children, in clock ticks."""
+    values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(int(value) for value in values[11:15])
+
+
+def resident_mib(pid: int) -> float:
+    """Return the resident memory of process `pid` in MiB."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def milliseconds_since(begin: float) -> float:
+    """Return the time since `begin`, a reading of time.monotonic, in ms."""
+    return (time.monotonic() - begin) * 1000

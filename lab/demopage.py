@@ -1,0 +1,129 @@
+"""What the demo shows at its end: the pods in a table, the rules of one in words, where to look next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lab.envoy import Captured
+from meshcni.pods.assess import Assessment
+from meshcni.pods.eligibility import Verdict
+from meshcni.rules import narrate
+from meshcni.rules.model import Backend, Family
+from meshcni.rules.sidecar import sidecar_ruleset
+
+COLOURS = {Verdict.SIDECAR: "green", Verdict.AMBIENT: "green", Verdict.SKIP: "yellow", Verdict.ERROR: "red"}
+NEXT = (
+    ("meshcni explain pod --file POD.yaml", "verdict, reason, parameters and rules of any pod"),
+    ("meshcni rules sidecar --format words", "the rules for any set of parameters; also as script or JSON"),
+    ("make test", "the same with both backends, both families, faults and restarts"),
+    ("make bench", "what a pod start costs"),
+    ("ARCHITECTURE.md", "where each of these things is decided and done"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What came of one connection to the pod and one from it.
+
+    `captured` is Envoy's own count, None without an Envoy; the others are the client addresses that the application
+    and the server outside saw, and how long the sandbox took to start.
+    """
+
+    captured: Captured | None
+    seen_inside: str
+    seen_outside: str
+    start_milliseconds: float
+
+
+class PodCase(Protocol):
+    """A pod of the demo, as far as the page is concerned."""
+
+    @property
+    def name(self) -> str:
+        """The pod's name."""
+
+    @property
+    def description(self) -> str:
+        """What kind of pod it is."""
+
+    @property
+    def assessment(self) -> Assessment:
+        """What was decided about it."""
+
+
+def show_page(
+    console: Console,
+    cases: Sequence[PodCase],
+    before: Mapping[str, Traffic],
+    after: Mapping[str, Traffic],
+    backend: Backend,
+) -> None:
+    """Print the page."""
+    console.print()
+    console.print(pod_table(cases, before, after))
+    console.print("Each pod got one connection and made one, both times; the counts are Envoy's own.", style="dim")
+    console.print()
+    console.print(rules_panel(cases[0], backend))
+    console.print(next_table())
+
+
+def pod_table(cases: Sequence[PodCase], before: Mapping[str, Traffic], after: Mapping[str, Traffic]) -> Table:
+    """Return the table of pods."""
+    table = Table(box=box.ROUNDED, title="Pods", title_justify="left", expand=False, show_lines=True)
+    for heading in ("pod", "verdict and reason", "without the agent", "with the agent", "start"):
+        table.add_column(heading)
+    for case in cases:
+        decision = case.assessment.decision
+        verdict = Text(decision.verdict.value, style=f"bold {COLOURS[decision.verdict]}")
+        reason = Text(f"{decision.reason.text}\n{decision.reason.code}", style="dim")
+        table.add_row(
+            Text.assemble((case.name, "bold"), "\n", (case.description, "dim")),
+            Text.assemble(verdict, "\n", reason),
+            traffic_cell(before[case.name]),
+            traffic_cell(after[case.name]),
+            f"{before[case.name].start_milliseconds:.0f} ms\n{after[case.name].start_milliseconds:.0f} ms",
+        )
+    return table
+
+
+def traffic_cell(traffic: Traffic) -> Text:
+    """Say what Envoy got and which address the application saw."""
+    if traffic.captured is None:
+        head = Text("straight through\n")
+    else:
+        taken = traffic.captured.inbound + traffic.captured.outbound
+        style = "bold green" if taken else "red"
+        head = Text(f"Envoy: {traffic.captured.inbound} in, {traffic.captured.outbound} out\n", style=style)
+    return head + Text(f"app saw {traffic.seen_inside}", style="dim")
+
+
+def rules_panel(case: PodCase, backend: Backend) -> Panel:
+    """Return the rules of a sidecar pod in words."""
+    derived = case.assessment.derived
+    assert derived is not None, f"{case.name} is a sidecar pod"
+    ruleset = sidecar_ruleset(derived.interception, frozenset(Family), backend)
+    text = Text("\n".join(narrate.words(ruleset)))
+    text.highlight_regex(r"(?m)^(nat|mangle|raw|filter) .*$", "bold")
+    text.highlight_regex(r"\(.*\)$", "dim")
+    text.highlight_regex(r"(?m)\([^\n]*\)$", "dim")
+    return Panel(text, title=f"The rules of pod {case.name} ({backend.value})", title_align="left", box=box.ROUNDED)
+
+
+def next_table() -> Padding:
+    """Say where to look next."""
+    table = Table.grid(padding=(0, 3))
+    for command, meaning in NEXT:
+        table.add_row(Text(command, style="bold"), Text(meaning, style="dim"))
+    heading = Table.grid()
+    heading.add_row("Where to look next")
+    heading.add_row(Padding(table, (0, 2)))
+    return Padding(heading, (1, 0, 0, 0))

@@ -1,0 +1,164 @@
+"""A whole mesh node: runtime, API server, agent and pods, put together for the tests, the demo and the benchmark."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from lab.agent import Agent
+from lab.api import api_server_in
+from lab.containerd import Containerd
+from lab.cri import CriError, Sandbox
+from lab.envoy import Envoy, Mode
+from lab.node import LabError, Node
+from lab.objects import NODE_NAME, namespace_object
+from lab.traffic import EchoServers
+from meshcni import istio
+
+APP_PORT = 8080
+RETRY_SECONDS = 0.2  # between two attempts to start a sandbox, as a kubelet would
+
+
+@dataclass(slots=True)
+class RunningPod:
+    """A pod with a sandbox; `netns` is its path from outside, `envoy` None for a pod without a proxy."""
+
+    object: Mapping[str, Any]
+    sandbox: Sandbox
+    netns: str
+    envoy: Envoy | None = None
+
+    @property
+    def name(self) -> str:
+        """The pod's name."""
+        return self.sandbox.name
+
+    def address(self, version: int) -> str:
+        """Return its address of IP version 4 or 6."""
+        return self.sandbox.address(version)
+
+
+class Mesh:
+    """Context manager: a node with containerd and an API server; the agent is there, but not started."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self.node = stack.enter_context(Node())
+            service_account = self.node.folder / "serviceaccount"
+            self.api = stack.enter_context(api_server_in(self.node, service_account))
+            self.servers = stack.enter_context(EchoServers())
+            self.runtime = Containerd(self.node)
+            stack.callback(self.runtime.close)
+            self.agent = Agent(self.node, self.runtime, self.api.environment, service_account)
+            self.api.do(lambda server: server.add("nodes", {"metadata": {"name": NODE_NAME, "labels": {}}}))
+            self.pods: list[RunningPod] = []
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End everything."""
+        self._stack.close()
+
+    def add_object(self, pod: Mapping[str, Any]) -> None:
+        """Add a pod, and its namespace, to the API server."""
+        self.api.do(lambda server: server.add_pod(dict(pod)))
+
+    def add_namespace(self, name: str, labels: Mapping[str, str] | None = None) -> None:
+        """Add a namespace to the API server."""
+        self.api.do(lambda server: server.add("namespaces", namespace_object(name, labels)))
+
+    def start_pod(self, pod: Mapping[str, Any], *, in_api: bool = True, retry_seconds: float = 0.0) -> RunningPod:
+        """Start the sandbox of `pod`, and serve its application port; its proxy, if any, is not started.
+
+        With `retry_seconds` a refused sandbox is tried again for so long, as a kubelet does. Raises CriError.
+        """
+        metadata = pod["metadata"]
+        if in_api:
+            self.add_object(pod)
+        deadline = time.monotonic() + retry_seconds
+        while True:
+            try:
+                sandbox = self.runtime.cri.run_sandbox(metadata["namespace"], metadata["name"], metadata["uid"])
+                break
+            except CriError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(RETRY_SECONDS)
+        running = RunningPod(pod, sandbox, self.runtime.netns_path(sandbox))
+        self.pods.append(running)
+        self.servers.serve(running.netns, APP_PORT)
+        return running
+
+    def start_proxy(self, pod: RunningPod, mode: Mode | None = None) -> Envoy:
+        """Start Envoy in a pod, in the mode that the pod asks for, and wait until it is live."""
+        asked = pod.object["metadata"]["annotations"].get(istio.INTERCEPTION_MODE, "REDIRECT")
+        pod.envoy = Envoy(self.node, pod.netns, pod.name, mode or Mode(asked))
+        pod.envoy.start()
+        return pod.envoy
+
+    def remove_pod(self, pod: RunningPod) -> None:
+        """Stop and remove the sandbox and take the pod out of the API server."""
+        self.stop_sandbox(pod)
+        self.api.do(lambda server: forget_pod(server, pod))
+
+    def stop_sandbox(self, pod: RunningPod) -> None:
+        """Stop the pod's proxy, stop and remove its sandbox; the API server keeps the pod."""
+        if pod.envoy is not None:
+            pod.envoy.stop()
+        self.pods.remove(pod)
+        self.runtime.cri.stop_sandbox(pod.sandbox.id)
+        self.runtime.cri.remove_sandbox(pod.sandbox.id)
+
+    def rules(self, netns: str) -> Redirection:
+        """Read what redirects traffic in a netns, from the kernel's own listings."""
+        listing = self.node.run(["nft", "list", "ruleset"], netns=netns)
+        legacy = self.node.run(["iptables-legacy-save"], netns=netns) if legacy_tables_loaded(self.node, netns) else ""
+        return Redirection(
+            nftables="table inet istio-proxy-nat" in listing,
+            iptables_nft=bool(re.search(r"chain ISTIO_OUTPUT\b", listing)),
+            iptables_legacy="ISTIO_OUTPUT" in legacy,
+            listing=listing + legacy,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Redirection:
+    """Which backends hold our rules in a netns, and their listings."""
+
+    nftables: bool
+    iptables_nft: bool
+    iptables_legacy: bool
+    listing: str
+
+    @property
+    def count(self) -> int:
+        """How many backends redirect: 1 for a mesh pod, 0 for any other, never more."""
+        return self.nftables + self.iptables_nft + self.iptables_legacy
+
+
+def legacy_tables_loaded(node: Node, netns: str) -> bool:
+    """Tell whether a netns has legacy tables at all: asking iptables-legacy would create them."""
+    return bool(node.run(["sh", "-c", "cat /proc/net/ip_tables_names 2>/dev/null || true"], netns=netns).strip())
+
+
+def forget_pod(server: Any, pod: RunningPod) -> None:  # noqa: ANN401  (an ApiServer)
+    """Delete a pod in the API server, if it is there."""
+    keys = {(known["metadata"]["namespace"], known["metadata"]["name"]) for known in server.cluster.objects("pods")}
+    if (pod.sandbox.namespace, pod.name) in keys:
+        server.delete_pod(pod.sandbox.namespace, pod.name)
+
+
+__all__ = ["APP_PORT", "LabError", "Mesh", "Redirection", "RunningPod"]
