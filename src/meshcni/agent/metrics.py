@@ -83,7 +83,7 @@ ADD_DURATION = Metric(
     Type.HISTOGRAM,
     "time that an ADD took in the agent",
     ("phase", "verdict"),
-    "phase: lookup (pod found), wait (for a free worker), program (rules in the kernel), total",
+    "phase: lookup (pod found), program (rules in the kernel), total",
     SECONDS,
 )
 ADDS_IN_PROGRESS = Metric("istio_cni_adds_in_progress", Type.GAUGE, "ADDs being served now")
@@ -102,7 +102,7 @@ REFUSED = Metric(
     "socket: agent, log, event, control, health, metrics; cause: peer, oversized, malformed, version, descriptors, "
     "netns, slow, busy, closing",
 )
-ERRORS = Metric("istio_cni_errors_total", Type.COUNTER, "errors by class", ("class",), "see the exit codes page")
+ERRORS = Metric("istio_cni_errors_total", Type.COUNTER, "errors by class", ("error",), "see the exit codes page")
 CONF_DRIFT = Metric(
     "istio_cni_conf_drift_total",
     Type.COUNTER,
@@ -173,3 +173,13 @@ class Metrics:
     def value(self, metric: Metric, **labels: str) -> float:
         """The present value of one series of a counter or gauge; 0 when it was never counted."""
         return self._registry.get_sample_value(metric.name, labels or None) or 0.0
+
+    def series(self, metric: Metric) -> dict[str, float]:
+        """All series of a counter or gauge, by their label values joined with commas."""
+        made = self._counters.get(metric) or self._gauges[metric]
+        return {
+            ",".join(sample.labels.values()): sample.value
+            for family in made.collect()
+            for sample in family.samples
+            if sample.name == metric.name
+        }

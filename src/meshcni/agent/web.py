@@ -10,6 +10,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 
 import h11
 
@@ -187,7 +188,8 @@ def _send(machine: h11.Connection, writer: asyncio.StreamWriter, response: Respo
     headers = [("content-length", str(len(response.body))), ("content-type", response.content_type)]
     if machine.their_state not in (h11.DONE, h11.MUST_CLOSE):
         headers.append(("connection", "close"))
-    parts = [machine.send(h11.Response(status_code=response.status, headers=headers))]
+    reason = HTTPStatus(response.status).phrase
+    parts = [machine.send(h11.Response(status_code=response.status, headers=headers, reason=reason))]
     if response.body and not head:
         parts.append(machine.send(h11.Data(data=response.body)))
     parts.append(machine.send(h11.EndOfMessage()))

@@ -1,0 +1,326 @@
+"""The life of the agent: what starts when, what runs beside what, and how it ends.
+
+Files and sockets come first and need no API server; whatever a plugin asks before the informer is synced is answered by
+a direct question to the API. Upstream installs only after its caches are synced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from meshcni import __version__, istio
+from meshcni.agent import metrics as m
+from meshcni.agent import wiring
+from meshcni.agent.addserver import AddServer
+from meshcni.agent.control import CONTROL_SOCKET_NAME, PURGE_QUERY, STATUS_PATH, UNINSTALL_PATH
+from meshcni.agent.health import Heartbeat, endpoint
+from meshcni.agent.installer import Callbacks, Installer, InstallStatus
+from meshcni.agent.logs import labels
+from meshcni.agent.metrics import Metrics
+from meshcni.agent.podadds import PodAdds
+from meshcni.agent.podlookup import PodLookup
+from meshcni.agent.programming import Programmer
+from meshcni.agent.settings import Settings
+from meshcni.agent.shutdown import Identity, decide_shutdown, gather
+from meshcni.agent.socketservices import EventService, LogService
+from meshcni.agent.status import snapshot
+from meshcni.agent.web import JSON, Request, Response, WebServer, listen_tcp
+from meshcni.errors import MeshCniError, SettingError
+from meshcni.host.capabilities import complaint, missing_capabilities
+from meshcni.host.sockets import listen_seqpacket, listen_stream
+from meshcni.kube.client import NAMESPACES, PODS, KubeApi
+from meshcni.kube.informer import Informer
+from meshcni.pods.model import Namespace, Pod, namespace_from_object, pod_from_object
+from meshcni.protocols.cmdadd import MAX_BODY_BYTES as MAX_EVENT_BYTES
+
+log = logging.getLogger(__name__)
+
+WORKER_THREADS = 4  # for blocking file work; programming has threads of its own
+GAUGE_SECONDS = 5.0
+MAX_LOG_BODY_BYTES = 1024 * 1024
+SHARE_OF_GRACE_TO_DECIDE = 0.6
+DRAIN_SECONDS = 5.0
+
+
+class Agent:
+    """One agent. `run()` lives until a signal, or until a part that must run ends."""
+
+    def __init__(self, settings: Settings, plugin_log_level: str) -> None:
+        self.settings = settings
+        self.started = time.monotonic()
+        self.node = settings.node or socket.gethostname()
+        self.metrics = Metrics()
+        self.api = KubeApi(wiring.api_access(settings))
+        self.pods: Informer[Pod] = Informer(
+            self.api, PODS, pod_from_object, field_selector=f"spec.nodeName={self.node}"
+        )
+        self.namespaces: Informer[Namespace] | None = None
+        if settings.ambient_enabled:
+            self.namespaces = Informer(self.api, NAMESPACES, namespace_from_object, metadata_only=True)
+        self.installer = Installer(
+            wiring.install_config(settings, plugin_log_level),
+            Callbacks(
+                result=lambda result: self.metrics.count(m.INSTALLS, result=result),
+                changed=self._install_changed,
+                fight=lambda path, hint: log.warning("something else keeps changing %s: %s", path, hint),
+            ),
+        )
+        self.programmer = Programmer(
+            wiring.backend_config(settings),
+            lambda backend, choice: self.metrics.set(m.BACKEND, 1, backend=backend.value, variant=choice.variant),
+        )
+        self.adds = PodAdds(
+            PodLookup(self.api, self.pods, self.namespaces, settings.api_timeout_seconds),
+            wiring.policy(settings),
+            self.programmer.program,
+            self.metrics,
+            warn=self._warn,
+            environment=settings.rule_environment,
+        )
+        self.add_server = AddServer(self.adds.handle, self._refusals("agent"))
+        self.heartbeat = Heartbeat(settings.liveness_stale_seconds, lambda lag: self.metrics.set(m.EVENT_LOOP_LAG, lag))
+        self._servers: list[WebServer] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._stopping = ""  # why not ready any more
+        self._signal = asyncio.Event()
+        self._frozen = False
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Live; returns the exit status."""
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="worker"))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+        await self._start()
+        stop = loop.create_task(self._signal.wait(), name="signal")
+        try:
+            ended, _ = await asyncio.wait((stop, *self._tasks.values()), return_when=asyncio.FIRST_COMPLETED)
+            crashed = [task for task in ended if task is not stop]
+            for task in crashed:
+                log.critical("%s ended by itself: %r; leaving everything in place", task.get_name(), task.exception())
+            if crashed:
+                return 1
+            return await self._end_gracefully()
+        finally:
+            stop.cancel()
+            await self._close()
+
+    async def _start(self) -> None:
+        settings = self.settings
+        log.info("install-cni %s on node %s", __version__, self.node)
+        missing = complaint(missing_capabilities())
+        if missing:
+            log.warning("%s", missing)
+        run_dir = Path(settings.cni_agent_run_dir)
+        agent_socket = self._socket(listen_seqpacket, run_dir / istio.AGENT_SOCKET_NAME)
+        self._spawn("add-server", self.add_server.run(agent_socket))
+        self._spawn("installer", self.installer.run())
+        await self._serve_unix(run_dir)
+        await self._serve_tcp()
+        self._spawn("pods", self.pods.run())
+        if self.namespaces is not None:
+            self._spawn("namespaces", self.namespaces.run())
+        self._spawn("heartbeat", self.heartbeat.run())
+        self._spawn("gauges", self._gauges())
+        self._prepare = asyncio.get_running_loop().create_task(self.programmer.prepare())
+
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run a part that must not end before the agent does."""
+        self._tasks[name] = asyncio.get_running_loop().create_task(work, name=name)
+
+    async def _serve_unix(self, run_dir: Path) -> None:
+        logs = LogService(self.metrics)
+        events = EventService(self.metrics, self.settings.ambient_enabled)
+        control = {STATUS_PATH: self._status, UNINSTALL_PATH: self._uninstall}
+        for name, label, routes, limit in (
+            (istio.LOG_SOCKET_NAME, "log", {istio.LOG_PATH: logs.handle}, MAX_LOG_BODY_BYTES),
+            (istio.EVENT_SOCKET_NAME, "event", {istio.EVENT_PATH: events.handle}, MAX_EVENT_BYTES),
+            (CONTROL_SOCKET_NAME, "control", control, 0),
+        ):
+            server = WebServer(routes, max_body_bytes=limit, root_only=True, on_refused=self._refusals(label))
+            await server.start(self._socket(listen_stream, run_dir / name))
+            self._servers.append(server)
+
+    async def _serve_tcp(self) -> None:
+        """Health must be served, or nobody would notice; without metrics the agent still does its work."""
+        settings = self.settings
+        health = {
+            istio.READY_PATH: endpoint((self.not_ready,)),
+            istio.LIVE_PATH: endpoint((self.not_live,)),
+        }
+        try:
+            listener = listen_tcp(settings.health_address, settings.health_port)
+        except OSError as error:
+            raise SettingError(
+                f"cannot serve health on {settings.health_address} port {settings.health_port}: {error}",
+                "free the port, or set HEALTH_PORT or HEALTH_ADDRESS and the probes of the pod with it",
+            ) from None
+        await self._serve(WebServer(health, on_refused=self._refusals("health")), listener)
+        if settings.monitoring_port <= 0:
+            return
+        try:
+            listener = listen_tcp(settings.monitoring_address, settings.monitoring_port)
+        except OSError as error:
+            log.error("no metrics: cannot listen on port %d: %s", settings.monitoring_port, error)
+            return
+        await self._serve(WebServer({"/metrics": self._exposition}, on_refused=self._refusals("metrics")), listener)
+
+    async def _serve(self, server: WebServer, listener: socket.socket) -> None:
+        await server.start(listener)
+        self._servers.append(server)
+
+    @staticmethod
+    def _socket(listen: Callable[[Path], socket.socket], path: Path) -> socket.socket:
+        try:
+            return listen(path)
+        except OSError as error:
+            raise SettingError(
+                f"cannot listen on {path}: {error}",
+                "the run directory (--cni-agent-run-dir) must be writable and its SELinux label allow sockets",
+            ) from None
+
+    # --- ending -------------------------------------------------------------------------------------------------------
+
+    def _signalled(self, number: signal.Signals) -> None:
+        name = signal.Signals(number).name
+        if self._signal.is_set():
+            log.warning("second signal %s: leaving at once", name)
+            logging.shutdown()
+            os._exit(128 + number)
+        log.info("Exit signal received: %s", name)
+        self._stopping = f"the agent is shutting down ({name})"
+        self._signal.set()
+
+    async def _end_gracefully(self) -> int:
+        """Decide what stays on the node, clean up if so decided, finish ADDs under way."""
+        settings = self.settings
+        grace = settings.shutdown_grace_seconds
+        try:
+            async with asyncio.timeout(grace):
+                evidence = await gather(
+                    self.api if settings.kubernetes_service_host else None,
+                    Identity(settings.pod_namespace, settings.pod_name, self.node, self.pods.synced.is_set()),
+                    ambient=settings.ambient_enabled,
+                    safe_upgrade_disabled=settings.cleans_up_always,
+                    deadline_seconds=grace * SHARE_OF_GRACE_TO_DECIDE,
+                )
+                decision = decide_shutdown(evidence)
+                log.info("at shutdown: %s: %s", decision.outcome.value, decision.why, extra=labels(row=decision.row))
+                if decision.clean_up:
+                    await self._take_away()
+        except TimeoutError:
+            log.error("not done within the %s s of SHUTDOWN_GRACE_SECONDS; what is still there stays", grace)
+            return 1
+        except MeshCniError as error:
+            log.error("cleaning up failed: %s", error)
+            return 1
+        return 0
+
+    async def _take_away(self) -> tuple[str, ...]:
+        """Stop installing and remove what was installed."""
+        task = self._tasks.pop("installer", None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        done = await self.installer.uninstall()
+        for sentence in done:
+            log.info("%s", sentence)
+        return done
+
+    async def _close(self) -> None:
+        accepting = self._tasks.get("add-server")
+        if accepting is not None:
+            accepting.cancel()
+        late = await self.add_server.drain(DRAIN_SECONDS)
+        if late:
+            log.error("%d ADDs were cut short", late)
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        for server in self._servers:
+            await server.close()
+        await self.api.close()
+
+    async def _warn(self, pod: Pod, reason: str, message: str) -> None:
+        log.warning("%s: %s", reason, message, extra=labels(pod=pod.full_name))
+
+    # --- what others ask ----------------------------------------------------------------------------------------------
+
+    def not_ready(self) -> tuple[str, ...]:
+        """Why not ready."""
+        informers = [informer for informer in (self.pods, self.namespaces) if informer is not None]
+        waiting = [
+            f"{informer.name} of the cluster are not read yet: {informer.state.last_error or 'asking'}"
+            for informer in informers
+            if not informer.synced.is_set()
+        ]
+        stopping = (self._stopping,) if self._stopping else ()
+        return (*stopping, *self.installer.reasons, *waiting)
+
+    def not_live(self) -> tuple[str, ...]:
+        """Why the process should be restarted."""
+        return self.heartbeat.reasons()
+
+    async def _exposition(self, _request: Request) -> Response:
+        self._measure()
+        return Response(200, self.metrics.text(), m.CONTENT_TYPE)
+
+    async def _status(self, _request: Request) -> Response:
+        document = snapshot(
+            uptime_seconds=time.monotonic() - self.started,
+            not_ready=self.not_ready(),
+            not_live=self.not_live(),
+            install=self.installer.status,
+            programmer=self.programmer,
+            informers=[informer for informer in (self.pods, self.namespaces) if informer is not None],
+            node=self.node,
+            adds=self.adds.recent,
+            errors=self.metrics.series(m.ERRORS),
+            missing_capabilities=complaint(missing_capabilities()),
+        )
+        return Response(200, json.dumps(document, default=str).encode() + b"\n", JSON)
+
+    async def _uninstall(self, request: Request) -> Response:
+        """Take everything away on purpose and stay: the pod's end is somebody else's business."""
+        if request.method != "POST":
+            return Response(405, b"POST uninstalls\n")
+        self._stopping = "uninstalled on purpose"
+        done = await self._take_away()
+        return Response(200, json.dumps({"done": list(done), "purge": request.query == PURGE_QUERY}).encode(), JSON)
+
+    # --- metrics ------------------------------------------------------------------------------------------------------
+
+    def _refusals(self, name: str) -> Callable[[str], None]:
+        return lambda cause: self.metrics.count(m.REFUSED, socket=name, cause=cause)
+
+    def _install_changed(self, status: InstallStatus) -> None:
+        self.metrics.set(m.INSTALL_READY, status.ready)
+
+    def _measure(self) -> None:
+        for informer in (self.pods, self.namespaces):
+            if informer is not None:
+                self.metrics.set(m.WATCH_SYNCED, informer.synced.is_set(), resource=informer.name)
+                self.metrics.set(m.WATCH_OBJECTS, len(informer.items()), resource=informer.name)
+                self.metrics.set(m.WATCH_FAILURES, informer.state.restarts, resource=informer.name)
+
+    async def _gauges(self) -> None:
+        """What must be looked at now and then; once ready, everything made so far is left out of collections."""
+        while True:
+            await asyncio.sleep(GAUGE_SECONDS)
+            if not self._frozen and not self.not_ready():
+                gc.collect()
+                gc.freeze()
+                self._frozen = True

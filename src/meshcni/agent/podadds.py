@@ -1,0 +1,211 @@
+"""What happens in an ADD: check the netns, find the pod, decide, program, answer. Any doubt fails the ADD."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from ipaddress import IPv4Address, IPv6Address, ip_interface
+
+from meshcni.agent import metrics as m
+from meshcni.agent.logs import labels
+from meshcni.agent.metrics import Metrics
+from meshcni.agent.podlookup import PodLookup
+from meshcni.errors import CNI_INTERNAL, CNI_TRY_AGAIN_LATER, MeshCniError, NetnsError
+from meshcni.host.netns import check_pod_netns
+from meshcni.host.redirection import Applied
+from meshcni.pods.assess import Assessment, assess
+from meshcni.pods.eligibility import NAMESPACE_EXCLUDED, Policy, Reason, Verdict
+from meshcni.pods.interception import Interception
+from meshcni.pods.model import Pod
+from meshcni.protocols.podadd import AddReply, AddRequest, accepted, refused
+
+log = logging.getLogger(__name__)
+
+ADD_SECONDS = 60.0  # everything; the kubelet gives a sandbox 2 to 4 minutes and then starts anew
+REMEMBERED_ADDS = 50  # for `install-cni status`
+MAX_LOGGED_CHARACTERS = 300  # of an error message, so that a line stays below 400 bytes
+EVENT_REASON = "MeshRedirectionFailed"
+
+Addresses = tuple[IPv4Address | IPv6Address, ...]
+Program = Callable[[int, Interception, Addresses], Awaitable[Applied]]
+Warn = Callable[[Pod, str, str], Coroutine[None, None, None]]
+
+
+@dataclass(slots=True)
+class AddRecord:
+    """One ADD as status and log show it; `milliseconds` by phase."""
+
+    pod: str
+    container_id: str
+    at: str
+    verdict: str = "error"
+    reason: str = "internal"
+    message: str = ""
+    backend: str = ""
+    variant: str = ""
+    source: str = ""
+    code: int = 0
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a phase, also one that fails."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.milliseconds[name] = round((time.monotonic() - begin) * 1000, 2)
+
+
+class AddRefusedError(MeshCniError):
+    """The pod must not start now; the runtime tries again."""
+
+    cni_code = CNI_TRY_AGAIN_LATER
+
+
+class PodAdds:
+    """Handles ADDs, any number at once; `program` puts rules into a netns, `warn` posts an Event on a pod."""
+
+    def __init__(
+        self,
+        lookup: PodLookup,
+        policy: Policy,
+        program: Program,
+        metrics: Metrics,
+        *,
+        warn: Warn,
+        environment: Mapping[str, str],
+    ) -> None:
+        self._lookup = lookup
+        self._policy = policy
+        self._program = program
+        self._metrics = metrics
+        self._warn = warn
+        self._environment = environment
+        self._background: set[asyncio.Task[None]] = set()
+        self._active = 0
+        self.recent: deque[AddRecord] = deque(maxlen=REMEMBERED_ADDS)
+
+    async def handle(self, request: AddRequest, netns_fd: int) -> AddReply:
+        """Serve one ADD; the caller owns `netns_fd`. Raises nothing but cancellation."""
+        now = datetime.now(UTC).isoformat("T", "seconds")
+        record = AddRecord(f"{request.pod_namespace}/{request.pod_name}", request.container_id, now)
+        self._active += 1
+        self._metrics.set(m.ADDS_IN_PROGRESS, self._active)
+        try:
+            with record.phase("total"):
+                async with asyncio.timeout(ADD_SECONDS):
+                    reply = await self._add(request, netns_fd, record)
+        except MeshCniError as error:
+            reply = self._failed(record, error)
+        except TimeoutError:
+            late = AddRefusedError(f"the ADD was not done within {ADD_SECONDS:.0f} s", "is the node overloaded?")
+            reply = self._failed(record, late)
+        except Exception as error:
+            log.exception("ADD of %s failed unexpectedly", record.pod)
+            reply = self._failed(record, MeshCniError(f"{type(error).__name__}: {error}", "see the agent's log"))
+        finally:
+            self._active -= 1
+            self._metrics.set(m.ADDS_IN_PROGRESS, self._active)
+        self._finish(record)
+        return reply
+
+    async def _add(self, request: AddRequest, netns_fd: int, record: AddRecord) -> AddReply:
+        """The steps. Raises MeshCniError for whatever must fail the ADD."""
+        check_pod_netns(netns_fd)
+        if request.pod_namespace in self._policy.exclude_namespaces:  # the plugin's conf may be older than our settings
+            return _skipped(record, NAMESPACE_EXCLUDED)
+        with record.phase("lookup"):
+            pod, assessment = await self._assess(request, record)
+        for warning in assessment.warnings:
+            log.warning("%s", warning, extra=labels(pod=record.pod))
+        decision = assessment.decision
+        record.reason = decision.reason.code
+        if assessment.error is not None or decision.verdict is Verdict.ERROR:
+            error = assessment.error or AddRefusedError(f"{decision.reason.text} ({decision.evidence})")
+            self._post(pod, error)
+            raise error
+        if decision.verdict is Verdict.AMBIENT:
+            error = AddRefusedError(
+                f"pod {record.pod} is an ambient pod, and ambient enrolment is not part of this build yet",
+                "label the pod istio.io/dataplane-mode=none, or run an agent that enrols ambient pods on this node",
+            )
+            self._post(pod, error)
+            raise error
+        if decision.verdict is Verdict.SKIP or assessment.derived is None:
+            return _skipped(record, decision.reason)
+        try:
+            with record.phase("program"):
+                applied = await self._program(netns_fd, assessment.derived.interception, addresses(request.ips))
+        except MeshCniError as error:
+            self._post(pod, error)
+            raise
+        record.verdict, record.backend, record.variant = "sidecar", applied.backend.value, applied.variant
+        record.message = decision.reason.text
+        return accepted("sidecar", record.reason, record.message)
+
+    async def _assess(self, request: AddRequest, record: AddRecord) -> tuple[Pod, Assessment]:
+        """The pod and what is to be done with it; its namespace is asked for only where ambient mode needs it."""
+        try:
+            found = await self._lookup.pod(request.pod_namespace, request.pod_name, request.pod_uid)
+        except MeshCniError:
+            self._metrics.count(m.POD_LOOKUPS, source="failed")
+            record.reason = "pod-unknown"
+            raise
+        record.source = found.source
+        self._metrics.count(m.POD_LOOKUPS, source=found.source)
+        namespace = await self._lookup.namespace(found.pod.namespace) if self._policy.ambient_enabled else None
+        return found.pod, assess(found.pod, namespace, self._policy, self._environment)
+
+    def _failed(self, record: AddRecord, error: MeshCniError) -> AddReply:
+        record.verdict, record.message, record.code = "error", str(error), error.cni_code
+        if record.reason in ("internal", "sidecar-injected"):  # no step has named a better one
+            record.reason = REASON_OF_CODE.get(error.cni_code, "internal")
+        self._metrics.count(m.ERRORS, error=type(error).__name__)
+        return refused(error.cni_code, error.message, error.hint)
+
+    def _finish(self, record: AddRecord) -> None:
+        """Count, remember, and say in one line what was done."""
+        self.recent.append(record)
+        self._metrics.count(m.ADDS, verdict=record.verdict, reason=record.reason)
+        for phase, milliseconds in record.milliseconds.items():
+            self._metrics.observe(m.ADD_DURATION, milliseconds / 1000, phase=phase, verdict=record.verdict)
+        values: dict[str, object] = {"pod": record.pod, "verdict": record.verdict, "reason": record.reason}
+        if record.backend:
+            values["backend"] = f"{record.backend}/{record.variant}"
+        values |= {f"{phase}_ms": milliseconds for phase, milliseconds in record.milliseconds.items()}
+        level = logging.ERROR if record.verdict == "error" else logging.INFO
+        log.log(level, "ADD %s", record.message[:MAX_LOGGED_CHARACTERS], extra=labels(**values))
+
+    def _post(self, pod: Pod, error: MeshCniError) -> None:
+        """Post an Event on the pod without making the ADD wait for it."""
+        task = asyncio.get_running_loop().create_task(self._warn(pod, EVENT_REASON, str(error)))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+REASON_OF_CODE: Mapping[int, str] = {
+    NetnsError.cni_code: "wrong-netns",
+    CNI_TRY_AGAIN_LATER: "not-programmed",
+    CNI_INTERNAL: "internal",
+}
+
+
+def _skipped(record: AddRecord, reason: Reason) -> AddReply:
+    record.verdict, record.reason, record.message = "skip", reason.code, reason.text
+    return accepted("skip", reason.code, reason.text)
+
+
+def addresses(ips: tuple[str, ...]) -> Addresses:
+    """The addresses of a request (`10.0.0.2/24`) that identify a pod; raises NetnsError for text that is none."""
+    try:
+        found = [ip_interface(text).ip for text in ips]
+    except ValueError as error:
+        raise NetnsError(f"the plugin sent an address that is none: {error}") from None
+    return tuple(address for address in found if not (address.is_link_local or address.is_loopback))

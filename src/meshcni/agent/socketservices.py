@@ -1,0 +1,95 @@
+"""The two sockets of the original's plugin: `log.sock` takes its log lines, `pluginevent.sock` its ambient events."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from meshcni.agent import logs
+from meshcni.agent import metrics as m
+from meshcni.agent.metrics import Metrics
+from meshcni.agent.web import Request, Response
+from meshcni.errors import ProtocolError
+from meshcni.protocols.cmdadd import decode_pod_added
+from meshcni.protocols.loglines import decode_lines
+
+log = logging.getLogger(__name__)
+
+LINES_PER_SECOND = 200.0  # a plugin sends a few lines an ADD, at debug about fifty
+LINES_AT_ONCE = 2000.0
+
+
+class Allowance:
+    """A bucket of tokens: `per_second` come in, at most `at_once` are kept."""
+
+    def __init__(self, per_second: float, at_once: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_second, self._at_once, self._clock = per_second, at_once, clock
+        self._tokens, self._last = at_once, clock()
+
+    def take(self) -> bool:
+        """Take one token if there is one."""
+        now = self._clock()
+        self._tokens = min(self._at_once, self._tokens + (now - self._last) * self._per_second)
+        self._last = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+class LogService:
+    """Prints plugins' lines; the answer is always 200, as upstream's, since plugins do nothing about another."""
+
+    def __init__(self, metrics: Metrics, allowance: Allowance | None = None) -> None:
+        self._metrics = metrics
+        self._allowance = allowance or Allowance(LINES_PER_SECOND, LINES_AT_ONCE)
+        self._limited = False
+
+    async def handle(self, request: Request) -> Response:
+        """`POST /log`; the method is not looked at. One batch is printed in one piece."""
+        try:
+            batch = decode_lines(request.body)
+        except ProtocolError as error:
+            log.error("dropped a log request of a plugin: %s", error.message)
+            self._metrics.count(m.LOG_LINES, result="malformed")
+            return Response()
+        for line in batch.lines:
+            allowed = self._allowance.take()
+            if allowed:
+                logs.forward(line)
+            elif not self._limited:
+                log.warning("plugins send more than %.0f log lines a second; some are dropped", LINES_PER_SECOND)
+            self._limited = not allowed
+            self._metrics.count(m.LOG_LINES, result="printed" if allowed else "limited")
+        for why in batch.dropped:
+            log.debug("dropped a log line of a plugin: %s", why)
+            self._metrics.count(m.LOG_LINES, result="malformed")
+        return Response()
+
+
+class EventService:
+    """Answers `POST /cmdadd` of the original's plugin, which sends it for ambient pods only. Errors fail its ADD."""
+
+    def __init__(self, metrics: Metrics, ambient_enabled: bool) -> None:
+        self._metrics = metrics
+        self._ambient_enabled = ambient_enabled
+
+    async def handle(self, request: Request) -> Response:
+        """400 for what cannot be read, 500 for what cannot be done; the body is plain text. Any method."""
+        response = self._answer(request)
+        self._metrics.count(m.PLUGIN_REQUESTS, response_code=str(response.status))
+        return response
+
+    def _answer(self, request: Request) -> Response:
+        try:
+            event = decode_pod_added(request.body)
+        except ProtocolError as error:
+            return Response(400, f"{error.message}\n".encode())
+        why = (
+            "ambient enrolment is not part of this build yet"
+            if self._ambient_enabled
+            else "ambient is not enabled on this node"
+        )
+        log.error("refused ambient pod %s/%s: %s", event.pod_namespace, event.pod_name, why)
+        return Response(500, f"pod {event.pod_namespace}/{event.pod_name}: {why}\n".encode())

@@ -1,0 +1,51 @@
+"""From the command line to a running agent: settings, logging, event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+
+from meshcni.agent import logs
+from meshcni.agent.resolution import FLAGS, settle, show
+from meshcni.agent.settings import Settings
+from meshcni.errors import SettingError, UsageError
+from meshcni.pflag import parse
+
+log = logging.getLogger(__name__)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the agent until it ends; returns the exit status. Raises UsageError and SettingError."""
+    parsed = parse(FLAGS, arguments)
+    if parsed.help:
+        from meshcni.agent.__main__ import main
+
+        return main(["help"])
+    if parsed.rest:
+        raise UsageError(f"unknown command {parsed.rest[0]!r}", "install-cni help lists the commands")
+    settings = settle(parsed, os.environ)
+    plugin_log_level = _configure_logging(settings)
+    for shown in show(settings):
+        if shown.origin != "default":
+            log.info("setting %s=%s", shown.row.name, shown.value, extra=logs.labels(origin=shown.origin))
+    from meshcni.agent.app import Agent  # the heavy part, after errors in settings have been told
+
+    async def live() -> int:
+        return await Agent(settings, plugin_log_level).run()
+
+    return asyncio.run(live())
+
+
+def _configure_logging(settings: Settings) -> str:
+    try:
+        return logs.configure(
+            settings.log_output_level,
+            settings.log_stacktrace_level,
+            settings.log_caller,
+            settings.log_as_json,
+            settings.log_target,
+        )
+    except OSError as error:
+        raise SettingError(f"cannot log to {', '.join(settings.log_target)}: {error}", "see --log_target") from None
