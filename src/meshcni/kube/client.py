@@ -18,10 +18,10 @@ from meshcni import __version__, istio
 from meshcni.kube import failures
 from meshcni.kube.credentials import Access, InCluster
 from meshcni.kube.failures import ApiError, describe, from_answer, from_status, without_answer
+from meshcni.pods.model import Pod, pod_from_object
 
 if TYPE_CHECKING:
     from meshcni.kube.transport import Transport
-    from meshcni.pods.model import Pod
 
 CALL_SECONDS = 5.0  # deadline of one call, retries included; the runtime gives an ADD minutes, a person seconds
 MAX_CALLS = 8  # at once; more wait within their deadline. 429 answers are honoured by who retries
@@ -95,9 +95,7 @@ class KubeApi:
         await self.close()
 
     async def get_pod(self, namespace: str, name: str, *, timeout: float = CALL_SECONDS) -> Pod:
-        """The projection of one pod. Raises ApiError with status 404 when there is none."""
-        from meshcni.pods.model import pod_from_object
-
+        """One pod. Raises ApiError (404 when there is none), PodSpecError when the answer is no pod."""
         found = await self.get_object(*PODS, namespace, name, timeout=timeout)
         return pod_from_object(found)
 
