@@ -127,14 +127,18 @@ def enter(fd: int) -> None:
 
 def call_in_new_netns(function: Callable[[], T]) -> T:
     """Run `function` on a thread in an empty network namespace that nobody else sees and that ends with the call."""
-    fd = _new_netns()
+    fd = new_netns()
     try:
         return call_in_netns(fd, function)
     finally:
         os.close(fd)
 
 
-def _new_netns() -> int:
+def new_netns() -> int:
+    """Make an empty network namespace and return its descriptor, which the caller owns; closing it ends the namespace.
+
+    Raises NetnsError.
+    """
     opened: list[int] = []
     number: list[int] = []
 

@@ -16,6 +16,7 @@ from meshcni.host import routes
 from meshcni.host.backends import PacketBackend
 from meshcni.host.backends.detection import VariantChoice, choose_variant
 from meshcni.host.backends.iptables import VARIANTS, IptablesBackend, find_tools
+from meshcni.host.backends.libnftables import Nft
 from meshcni.host.backends.nftables import NftablesBackend
 from meshcni.host.netns import NetnsFacts, facts
 from meshcni.pods.interception import Interception
@@ -31,8 +32,8 @@ class FamilyPolicy(Enum):
 
     # IPv6 when the namespace has a usable IPv6 address.
     BY_ADDRESS = "by-address"
-    # IPv6 when the first address is one, or with dual stack when any is. The kernel lists IPv4 first, so a pod with both
-    # and without ISTIO_DUAL_STACK goes without IPv6 rules.
+    # IPv6 when the first address is one, or with dual stack when any is. The kernel lists IPv4 first, so a pod that has
+    # both but no ISTIO_DUAL_STACK goes without IPv6 rules.
     ORIGINAL = "original"
 
 
@@ -110,12 +111,14 @@ def apply_sidecar(
 def remove_sidecar(parameters: Interception | None = None) -> None:
     """Take everything of ours out, from whichever backend has it, with policy rules, routes and `::6`.
 
-    `parameters` are needed only for a mark or routing table other than the default. Raises ApplyError.
+    `parameters` are needed only for a mark or routing table other than the default, and for entries of excluded
+    interfaces. Raises ApplyError.
     """
+    known = None if parameters is None else sidecar_ruleset(parameters, frozenset(Family), Backend.IPTABLES)
     for backend in _all_backends():
         if backend.holds_ours():
-            backend.remove()
-    routes.remove(_routing(parameters))
+            backend.remove(known)
+    routes.remove(known or routes.NOTHING)
 
 
 def observe_sidecar() -> Observation:
@@ -148,7 +151,7 @@ def _apply(
         changed = chosen.apply(ruleset)
         for other in others:  # after the new rules are in place, so that no packet finds none
             if other.holds_ours():
-                other.remove()
+                other.remove(ruleset)
                 changed = True
         changed |= routes.converge(ruleset)
         absent = (*chosen.missing(ruleset), *routes.missing(ruleset))
@@ -168,7 +171,7 @@ def _undo(ruleset: Ruleset, backends: tuple[PacketBackend, ...], cause: ApplyErr
     for backend in backends:
         try:
             if backend.holds_ours():
-                backend.remove()
+                backend.remove(ruleset)
         except MeshCniError as error:
             cause.add_note(f"rules of ours stay in {backend.variant}: {error}")
     try:
@@ -203,13 +206,8 @@ def _variant_here(candidates: dict[str, PacketBackend], forced: str, choice: Var
 
 def _all_backends() -> tuple[PacketBackend, ...]:
     tools = [found for found in map(find_tools, VARIANTS) if found is not None]
-    return (NftablesBackend(), *(IptablesBackend(found) for found in tools))
-
-
-def _routing(parameters: Interception | None) -> Ruleset:
-    if parameters is None:
-        return routes.NOTHING
-    return sidecar_ruleset(parameters, frozenset(Family), Backend.NFTABLES)
+    nft_here = Nft()
+    return (NftablesBackend(nft_here), *(IptablesBackend(found, nft_here) for found in tools))
 
 
 def _words(addresses: Iterable[Address]) -> str:

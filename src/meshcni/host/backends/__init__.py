@@ -40,8 +40,11 @@ class PacketBackend(Protocol):
     def listing(self) -> str:
         """Return the kernel's rules, ours and others', as text without counters: for people."""
 
-    def remove(self) -> None:
-        """Take everything of ours out; nothing there is fine. Raises ApplyError."""
+    def remove(self, known: Ruleset | None = None) -> None:
+        """Take everything of ours out; nothing there is fine. Raises ApplyError.
+
+        `known` is what was applied; with iptables it recognises entries that do not look like ours (an interface's).
+        """
 
 
 def families_of(ruleset: Ruleset) -> tuple[Family, ...]:

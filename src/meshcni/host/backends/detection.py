@@ -61,10 +61,9 @@ def choose_variant(
             raise SettingError(f"iptables binary {forced!r} from {FORCE_SETTING} is unsupported", "use legacy or nft")
         return VariantChoice(forced, f"forced by {FORCE_SETTING}", boot_id)
     problem_of = unusable or why_unusable
-    order: tuple[tuple[str, str], ...] = (
-        (("legacy", "the host's own rules are in legacy tables"),) if host_uses_legacy else ()
-    )
-    order += (("nft", "the kernel and the nft commands work"), ("legacy", "nft does not work here"))
+    order = [("nft", "the kernel and the nft commands work"), ("legacy", "nft does not work here")]
+    if host_uses_legacy:
+        order = [("legacy", "the host's own rules are in legacy tables"), order[0]]
     problems: dict[str, str] = {}
     for variant, reason in order:
         problem = problem_of(variant)

@@ -48,6 +48,6 @@ class FakeBackend:
         """Return what nft would list."""
         return nft.listing(self.held) if self.held else ""
 
-    def remove(self) -> None:
+    def remove(self, known: Ruleset | None = None) -> None:
         """Hold nothing."""
         self.held = None

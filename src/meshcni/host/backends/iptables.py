@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fcntl import ioctl
 
-from meshcni import istio
 from meshcni.errors import ApplyError
-from meshcni.host.backends import families_of, libnftables, xtables
+from meshcni.host.backends import families_of, xtables
+from meshcni.host.backends.libnftables import Nft
 from meshcni.rules import iptables, plan
+from meshcni.rules.iptables_observed import OWN_PREFIX
 from meshcni.rules.model import BUILT_IN_CHAINS, Backend, Family, Ruleset
 
 VARIANTS = ("nft", "legacy")
@@ -72,10 +73,11 @@ class IptablesBackend:
 
     kind = Backend.IPTABLES
 
-    def __init__(self, tools: Tools) -> None:
+    def __init__(self, tools: Tools, nft_here: Nft | None = None) -> None:
         self.variant = tools.variant
         self.processes = 0
         self._tools = tools
+        self._nft = nft_here or Nft()
 
     def holds_ours(self) -> bool:
         """Tell whether a chain of ours exists in either family."""
@@ -90,7 +92,7 @@ class IptablesBackend:
             for family in Family:
                 self._restore(family, iptables.render(ruleset, family, observed.get(family)))
         except ApplyError:
-            self._remove_after_failure()
+            self._remove_after_failure(ruleset)
             raise
         return True
 
@@ -115,22 +117,23 @@ class IptablesBackend:
         """Return what the save commands print for the families that have tables."""
         return "".join(self._save(family) for family in Family if self._chains(family))
 
-    def remove(self) -> None:
+    def remove(self, known: Ruleset | None = None) -> None:
         """Take our chains and entries out of both families."""
         for family in Family:
-            self._remove_family(family)
+            self._remove_family(family, known)
 
-    def _remove_after_failure(self) -> None:
+    def _remove_after_failure(self, known: Ruleset) -> None:
         """Remove what is there of each family; a second failure adds nothing to the first one's message."""
         for family in Family:
             try:
-                self._remove_family(family)
+                self._remove_family(family, known)
             except ApplyError:
                 continue
 
-    def _remove_family(self, family: Family) -> None:
+    def _remove_family(self, family: Family, known: Ruleset | None) -> None:
         if _has_ours(self._chains(family)):
-            self._restore(family, iptables.render_removal(iptables.parse(self._save(family))))
+            applied = iptables.expected(known, family) if known else None
+            self._restore(family, iptables.render_removal(iptables.parse(self._save(family)), applied))
 
     def _observe(self, ruleset: Ruleset) -> dict[Family, iptables.ObservedTables]:
         """Return what each family holds, without those that have no tables at all (the usual case for a new pod).
@@ -148,11 +151,8 @@ class IptablesBackend:
         """Return the chains of each table of `family` that exists, asked without a process."""
         if self.variant == "legacy":
             return xtables.chains(family)
-        try:
-            found = libnftables.chains()
-        except libnftables.NftUnavailableError:
-            return {}
-        return {table: chains for (kind, table), chains in found.items() if kind == _NFT_FAMILY[family]}
+        listed = self._nft.chains().items()
+        return {table: chains for (kind, table), chains in listed if kind == _NFT_FAMILY[family]}
 
     def _save(self, family: Family) -> str:
         return self._run(self._tools.save[family], f"{_COMMAND[family]}-save", (), "")
@@ -160,6 +160,7 @@ class IptablesBackend:
     def _restore(self, family: Family, text: str) -> None:
         if text:
             arguments = ("--noflush", f"--wait={WAIT_SECONDS}")
+            self._nft.forget()
             self._run(self._tools.restore[family], f"{_COMMAND[family]}-restore", arguments, text)
 
     def _run(self, path: str, name: str, arguments: tuple[str, ...], text: str) -> str:
@@ -217,7 +218,7 @@ class IptablesBackend:
 
 
 def _has_ours(tables: Mapping[str, tuple[str, ...]]) -> bool:
-    return any(name.startswith(istio.IPTABLES_CHAIN_PREFIX) for chains in tables.values() for name in chains)
+    return any(name.startswith(OWN_PREFIX) for chains in tables.values() for name in chains)
 
 
 def _hint(stderr: str) -> str:

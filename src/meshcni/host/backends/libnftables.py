@@ -23,7 +23,7 @@ class NftUnavailableError(ApplyError):
     """There is no nftables here: neither the library nor, perhaps, the kernel's side."""
 
 
-def run(commands: str) -> str:
+def _run(commands: str) -> str:
     """Execute nft `commands` as one transaction and return what they print, without counter values.
 
     Raises ApplyError with nft's own message, NftUnavailableError when library or kernel lack nftables.
@@ -65,11 +65,42 @@ def _explain(errors: str) -> ApplyError:
     return ApplyError(f"nft refused the rules: {errors}", "is a kernel module (nft_redir, nft_tproxy, nft_ct) missing?")
 
 
-def chains() -> Mapping[tuple[str, str], tuple[str, ...]]:
-    """Return the chain names of every table of this namespace, by (nft family, table), in listing order."""
+class Nft:
+    """nft for one operation in one namespace; remembers which chains there are until something changes them."""
+
+    def __init__(self) -> None:
+        self._chains: Mapping[tuple[str, str], tuple[str, ...]] | None = None
+
+    def change(self, commands: str) -> None:
+        """Execute `commands` as one transaction. Raises ApplyError."""
+        self.forget()
+        _run(commands)
+
+    def show(self, command: str) -> str:
+        """Return what a `list` command prints, without counter values. Raises ApplyError."""
+        return _run(command)
+
+    def chains(self) -> Mapping[tuple[str, str], tuple[str, ...]]:
+        """Return the chain names of every table, by (nft family, table), in listing order.
+
+        Empty when there is no nftables here at all; every change then says so. Raises ApplyError.
+        """
+        if self._chains is None:
+            try:
+                self._chains = _read_chains(_run("list chains"))
+            except NftUnavailableError:
+                self._chains = {}
+        return self._chains
+
+    def forget(self) -> None:
+        """Look again next time: somebody else, such as an iptables command, changed something."""
+        self._chains = None
+
+
+def _read_chains(listing: str) -> Mapping[tuple[str, str], tuple[str, ...]]:
     found: dict[tuple[str, str], list[str]] = {}
     current: list[str] = []
-    for line in run("list chains").splitlines():
+    for line in listing.splitlines():
         if table := _TABLE.match(line):
             current = found.setdefault((table[1], table[2]), [])
         elif chain := _CHAIN.match(line):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from meshcni import istio
 from meshcni.errors import ApplyError
-from meshcni.host.backends import libnftables
+from meshcni.host.backends.libnftables import Nft
 from meshcni.rules import nft, plan
 from meshcni.rules.model import Backend, Ruleset
 
@@ -18,16 +18,23 @@ class NftablesBackend:
     kind = Backend.NFTABLES
     processes = 0
 
+    def __init__(self, nft_here: Nft | None = None) -> None:
+        self._nft = nft_here or Nft()
+
     def holds_ours(self) -> bool:
         """Tell whether a table of ours exists."""
-        return bool(_our_tables())
+        return bool(self._tables())
 
     def apply(self, ruleset: Ruleset) -> bool:
         """Replace our tables by `ruleset`, unless they already are what it asks for."""
-        if self.holds_ours() and not self.drift(ruleset):
+        transaction = nft.render(ruleset)
+        if not self.holds_ours():
+            # A deletion makes the kernel wait for all processors (10 ms), so none where there is nothing to delete.
+            transaction = transaction.removeprefix(nft.render_removal())
+        elif not self.drift(ruleset):
             return False
         try:
-            libnftables.run(nft.render(ruleset))
+            self._nft.change(transaction)
         except ApplyError:
             self.remove()
             raise
@@ -35,7 +42,7 @@ class NftablesBackend:
 
     def missing(self, ruleset: Ruleset) -> tuple[str, ...]:
         """Name the chains of `ruleset` that do not exist."""
-        present = _our_tables()
+        present = self._tables()
         return tuple(
             f"{table} {chain}"
             for table, chains in nft.expected(ruleset).tables.items()
@@ -49,26 +56,21 @@ class NftablesBackend:
 
     def listing(self) -> str:
         """Return the whole ruleset of the namespace."""
-        return libnftables.run("list ruleset")
+        return self._nft.show("list ruleset")
 
-    def remove(self) -> None:
+    def remove(self, known: Ruleset | None = None) -> None:
         """Delete our tables, if there are any."""
         if self.holds_ours():
-            libnftables.run(nft.render_removal())
+            self._nft.change(nft.render_removal())
 
     def _own_listing(self) -> str:
-        commands = "".join(f"list table inet {table}\n" for table in _our_tables())
-        return libnftables.run(commands) if commands else ""
+        # One call for each: nft 1.0.6 finds only the last one of several tables to list.
+        return "".join(self._nft.show(f"list table inet {table}") for table in self._tables())
 
-
-def _our_tables() -> dict[str, tuple[str, ...]]:
-    """Return our tables and their chains; none when the kernel has no nftables at all."""
-    try:
-        found = libnftables.chains()
-    except libnftables.NftUnavailableError:
-        return {}
-    return {
-        table: chains
-        for (family, table), chains in found.items()
-        if family == "inet" and table.startswith(istio.NFT_TABLE_PREFIX)
-    }
+    def _tables(self) -> dict[str, tuple[str, ...]]:
+        """Return our tables and their chains."""
+        return {
+            table: chains
+            for (family, table), chains in self._nft.chains().items()
+            if family == "inet" and table.startswith(istio.NFT_TABLE_PREFIX)
+        }
