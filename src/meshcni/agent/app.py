@@ -40,6 +40,7 @@ from meshcni.errors import MeshCniError, SettingError
 from meshcni.host.capabilities import complaint, missing_capabilities
 from meshcni.host.sockets import listen_seqpacket, listen_stream
 from meshcni.kube.client import NAMESPACES, PODS, KubeApi
+from meshcni.kube.events import EventRecorder
 from meshcni.kube.informer import Informer
 from meshcni.pods.model import Namespace, Pod, namespace_from_object, pod_from_object
 from meshcni.protocols.cmdadd import MAX_BODY_BYTES as MAX_EVENT_BYTES
@@ -62,6 +63,7 @@ class Agent:
         self.node = settings.node or socket.gethostname()
         self.metrics = Metrics()
         self.api = KubeApi(wiring.api_access(settings))
+        self.events = EventRecorder(self.api, node=self.node)
         self.pods: Informer[Pod] = Informer(
             self.api, PODS, pod_from_object, field_selector=f"spec.nodeName={self.node}"
         )
@@ -85,7 +87,7 @@ class Agent:
             wiring.policy(settings),
             self.programmer.program,
             self.metrics,
-            warn=self._warn,
+            warn=self.events.warn,
             environment=settings.rule_environment,
         )
         self.add_server = AddServer(self.adds.handle, self._refusals("agent"))
@@ -252,10 +254,8 @@ class Agent:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for server in self._servers:
             await server.close()
+        await self.events.close()
         await self.api.close()
-
-    async def _warn(self, pod: Pod, reason: str, message: str) -> None:
-        log.warning("%s: %s", reason, message, extra=labels(pod=pod.full_name))
 
     # --- what others ask ----------------------------------------------------------------------------------------------
 

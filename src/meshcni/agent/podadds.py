@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -34,7 +34,7 @@ EVENT_REASON = "MeshRedirectionFailed"
 
 Addresses = tuple[IPv4Address | IPv6Address, ...]
 Program = Callable[[int, Interception, Addresses], Awaitable[Applied]]
-Warn = Callable[[Pod, str, str], Coroutine[None, None, None]]
+Warn = Callable[[Pod, str, str], Awaitable[None]]  # returns at once; the Event is posted in the background
 
 
 @dataclass(slots=True)
@@ -88,7 +88,6 @@ class PodAdds:
         self._metrics = metrics
         self._warn = warn
         self._environment = environment
-        self._background: set[asyncio.Task[None]] = set()
         self._active = 0
         self.recent: deque[AddRecord] = deque(maxlen=REMEMBERED_ADDS)
 
@@ -129,14 +128,14 @@ class PodAdds:
         record.reason = decision.reason.code
         if assessment.error is not None or decision.verdict is Verdict.ERROR:
             error = assessment.error or AddRefusedError(f"{decision.reason.text} ({decision.evidence})")
-            self._post(pod, error)
+            await self._warn(pod, EVENT_REASON, str(error))
             raise error
         if decision.verdict is Verdict.AMBIENT:
             error = AddRefusedError(
                 f"pod {record.pod} is an ambient pod, and ambient enrolment is not part of this build yet",
                 "label the pod istio.io/dataplane-mode=none, or run an agent that enrols ambient pods on this node",
             )
-            self._post(pod, error)
+            await self._warn(pod, EVENT_REASON, str(error))
             raise error
         if decision.verdict is Verdict.SKIP or assessment.derived is None:
             return _skipped(record, decision.reason)
@@ -144,7 +143,7 @@ class PodAdds:
             with record.phase("program"):
                 applied = await self._program(netns_fd, assessment.derived.interception, addresses(request.ips))
         except MeshCniError as error:
-            self._post(pod, error)
+            await self._warn(pod, EVENT_REASON, str(error))
             raise
         record.verdict, record.backend, record.variant = "sidecar", applied.backend.value, applied.variant
         record.message = decision.reason.text
@@ -182,12 +181,6 @@ class PodAdds:
         values |= {f"{phase}_ms": milliseconds for phase, milliseconds in record.milliseconds.items()}
         level = logging.ERROR if record.verdict == "error" else logging.INFO
         log.log(level, "ADD %s", record.message[:MAX_LOGGED_CHARACTERS], extra=labels(**values))
-
-    def _post(self, pod: Pod, error: MeshCniError) -> None:
-        """Post an Event on the pod without making the ADD wait for it."""
-        task = asyncio.get_running_loop().create_task(self._warn(pod, EVENT_REASON, str(error)))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
 
 
 REASON_OF_CODE: Mapping[int, str] = {
