@@ -88,7 +88,7 @@ def _additions(chain: Chain, with_whys: bool) -> Iterator[str]:
         yield f"{place} {written(rule)}"
 
 
-# --- the listing -------------------------------------------------------------------------------------------------------
+# --- the listing ------------------------------------------------------------------------------------------------------
 
 
 def expected(ruleset: Ruleset, family: Family) -> ObservedTables:

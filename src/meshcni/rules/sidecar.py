@@ -130,7 +130,7 @@ def drop_invalid(parameters: Interception, draft: Draft) -> None:
     matches: tuple[Match, ...] = (ConnectionState(("invalid",)),)
     if draft.backend is Backend.NFTABLES:
         matches = (TCP, *matches)
-    why = "Packets that belong to no known connection would make the kernel reset connections of the proxy."
+    why = "A packet of no known connection is not translated, and the application's side would answer it with a reset."
     draft.append(MANGLE, PREROUTING, matches, Jump(DROP), why)
     draft.append(MANGLE, DROP, (), Drop(), "Invalid packets are discarded.")
 

@@ -68,7 +68,7 @@ def tell_own_connections_apart(parameters: Interception, draft: Draft) -> None:
     if not is_transparent(parameters):
         return
     mark = PacketMark(parameters.tproxy_mark)
-    why = "A connection that arrived with the mark is remembered."
+    why = "A connection that the proxy opened to the application carries the mark, which is remembered."
     draft.append(TableName.MANGLE, PREROUTING, (TCP, mark), SaveMark(), why)
     why = "The proxy's packets to the application are marked already."
     draft.append(TableName.MANGLE, OUTPUT, (INTO_LOOPBACK, TCP, mark), Return(), why)
@@ -82,7 +82,7 @@ def tell_own_connections_apart(parameters: Interception, draft: Draft) -> None:
                 "What the proxy sends to this pod's own address is an outbound call that has to pass the inbound side.",
                 family,
             )
-    why = "Answers of a remembered connection get the mark back, so that the route returns them to the proxy."
+    why = "The application's answers to the proxy get the mark back, so that the route returns them to the proxy."
     draft.append(TableName.MANGLE, OUTPUT, (TCP, ConnectionMark(parameters.tproxy_mark)), RestoreMark(), why)
     _insert_exceptions(parameters, draft)
 
