@@ -6,21 +6,13 @@ Imported by the plugin's fast path, so this module imports nothing but our error
 """
 
 from meshcni.cni.jsontext import compact, indented
+from meshcni.cni.versions import SUPPORTED_VERSIONS
 from meshcni.errors import CNI_INCOMPATIBLE_VERSION, CNI_INVALID_CONFIG, CniInputError
 
 FLAT = "0.2.0"  # ip4 and ip6, one address each, routes inside
 LISTED = "0.4.0"  # lists of interfaces, ips and routes; every address names its IP version; dns is always there
 CURRENT = "1.0.0"  # as LISTED without the IP version; keys sorted, dns only when it says something
-LAYOUTS = {
-    "0.1.0": FLAT,
-    "0.2.0": FLAT,
-    "0.3.0": LISTED,
-    "0.3.1": LISTED,
-    "0.4.0": LISTED,
-    "1.0.0": CURRENT,
-    "1.1.0": CURRENT,
-}
-SUPPORTED_VERSIONS = tuple(LAYOUTS)
+LAYOUTS = dict(zip(SUPPORTED_VERSIONS, (FLAT, FLAT, LISTED, LISTED, LISTED, CURRENT, CURRENT), strict=True))
 
 # Key -> kind of value, in the order of the output. A trailing '!' marks keys that are written even when empty.
 _INTERFACE = {

@@ -6,7 +6,8 @@ codes tell the causes apart (the original answers 999 for all of them). Imported
 
 from meshcni import istio
 from meshcni.cni.jsontext import JsonError, compact, indented, parse
-from meshcni.cni.results import SUPPORTED_VERSIONS, Result, parse_result
+from meshcni.cni.results import Result, parse_result
+from meshcni.cni.versions import CURRENT_VERSION, OLDEST_VERSION, SUPPORTED_VERSIONS
 from meshcni.errors import (
     CNI_DECODING_FAILURE,
     CNI_INCOMPATIBLE_VERSION,
@@ -19,8 +20,6 @@ from meshcni.errors import (
 MAX_STDIN_BYTES = 1 << 20  # a conf with prevResult has a few KiB; etcd would not store a larger one either
 DEFAULT_AGENT_WAIT_SECONDS = 20.0
 MAX_AGENT_WAIT_SECONDS = 600.0
-CURRENT_VERSION = SUPPORTED_VERSIONS[-1]
-OLDEST_VERSION = SUPPORTED_VERSIONS[0]  # of a conf that names none
 
 # Verb -> variables it needs besides CNI_COMMAND, and the first conf version that has it. DEL and VERSION are not here:
 # they are answered without looking at anything else.
@@ -196,11 +195,6 @@ def parse_args(text: str) -> dict[str, str]:
             CNI_INVALID_ENVIRONMENT, f"CNI_ARGS: ARGS: unknown args {unknown}", "IgnoreUnknown=1 lets them pass"
         )
     return args
-
-
-def version_text() -> str:
-    """The answer to VERSION."""
-    return compact({"cniVersion": CURRENT_VERSION, "supportedVersions": SUPPORTED_VERSIONS}) + "\n"
 
 
 def error_text(error: MeshCniError, cni_version: str = CURRENT_VERSION) -> str:

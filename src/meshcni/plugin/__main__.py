@@ -18,10 +18,8 @@ def main() -> int:
         for name, value in posix.environ.items()
         if name.startswith(_PREFIX)
     }
-    answer = run(environ, Effects())
-    if not _write_all(answer.stdout.encode()):
-        return 1
-    return answer.exit_status
+    exit_status, stdout = run(environ, Effects())
+    return exit_status if _write_all(stdout.encode()) else 1
 
 
 def _occupy_closed_descriptors() -> None:

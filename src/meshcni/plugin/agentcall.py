@@ -7,7 +7,7 @@ import time
 
 from meshcni import istio
 from meshcni.errors import AgentUnavailableError
-from meshcni.protocols.podadd import MAX_REPLY_BYTES, AddReply, accepted, decode_reply
+from meshcni.protocols.podadd import MAX_REPLY_BYTES
 
 FIRST_PAUSE_SECONDS = 0.01
 MAX_PAUSE_SECONDS = 0.25
@@ -28,21 +28,20 @@ class _NoReplyError(Exception):
         self.was_connected = was_connected
 
 
-def ask_agent(run_dir: str, message: bytes, netns: int, wait_seconds: float) -> AddReply:
-    """Sends `message` with the descriptor `netns`, again and again until the agent answers or `wait_seconds` are over.
+def ask_agent(run_dir: str, message: bytes, netns: int, wait_seconds: float) -> bytes | None:
+    """Sends `message` with the descriptor `netns`, again and again until the agent replies or `wait_seconds` are over.
 
-    While the agent restarts there is no socket, nobody accepts, or the connection ends without a reply. An agent that
-    was removed on purpose left a marker: then nobody will ever answer, and the pod passes through.
-    Raises AgentUnavailableError, and ProtocolError for a reply that cannot be understood.
+    While the agent restarts there is no socket, nobody accepts, or the connection ends without a reply. None: the agent
+    was removed on purpose and left its marker, so nobody will ever reply. Raises AgentUnavailableError.
     """
     deadline = time.monotonic() + wait_seconds
     pause = FIRST_PAUSE_SECONDS
     while True:
         try:
-            return decode_reply(_attempt(f"{run_dir}/{istio.AGENT_SOCKET_NAME}", message, netns, deadline))
+            return _attempt(f"{run_dir}/{istio.AGENT_SOCKET_NAME}", message, netns, deadline)
         except _NoReplyError as error:
             if not error.was_connected and _is_uninstalled(run_dir):
-                return accepted("skip", "agent-uninstalled", "the node agent was uninstalled, the conf still names it")
+                return None
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 text = f"the node agent did not answer within {wait_seconds:g} s: {error}"

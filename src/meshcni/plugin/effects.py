@@ -3,10 +3,8 @@
 import fcntl
 import posix
 
-from meshcni.cni.spec import MAX_STDIN_BYTES, Request
 from meshcni.errors import CNI_IO_FAILURE, CniInputError, NetnsError
 from meshcni.istio import OWN_NETNS
-from meshcni.protocols.podadd import AddReply
 
 _STDIN = 0
 _STDERR = 2
@@ -19,17 +17,17 @@ _REGULAR_FILE = 0o100000
 class Effects:
     """The real ones."""
 
-    def read_stdin(self) -> bytes:
-        """Standard input to its end, or one byte more than is allowed. Raises CniInputError (code 5)."""
+    def read_stdin(self, limit_bytes: int) -> bytes:
+        """Standard input to its end, but no more than the limit. Raises CniInputError (code 5)."""
         parts = []
-        size = 0
+        wanted = limit_bytes
         try:
-            while size <= MAX_STDIN_BYTES:
-                part = posix.read(_STDIN, min(65536, MAX_STDIN_BYTES + 1 - size))
+            while wanted > 0:
+                part = posix.read(_STDIN, min(wanted, 65536))
                 if not part:
                     break
                 parts.append(part)
-                size += len(part)
+                wanted -= len(part)
         except OSError as error:
             raise CniInputError(
                 CNI_IO_FAILURE, f"the conf on stdin cannot be read: {error.strerror}", "the runtime must open stdin"
@@ -60,22 +58,17 @@ class Effects:
         given = posix.fstat(netns)
         return (own.st_dev, own.st_ino) == (given.st_dev, given.st_ino)
 
-    def ask_agent(self, request: Request, message: bytes, netns: int) -> AddReply:
-        """The agent's reply to the encoded request; `netns` travels with it. See agentcall.ask_agent."""
-        from meshcni.plugin.agentcall import ask_agent  # not needed, so not loaded, by ADDs decided here
+    def ask_agent(self, run_dir: str, message: bytes, netns: int, wait_seconds: float) -> bytes | None:
+        """The agent's reply; None when it was uninstalled. See agentcall.ask_agent."""
+        from meshcni.plugin.agentcall import ask_agent  # not loaded by ADDs that are decided without the agent
 
-        return ask_agent(request.conf.run_dir, message, netns, request.conf.agent_wait_seconds)
+        return ask_agent(run_dir, message, netns, wait_seconds)
 
-    def log(self, level: str, message: str, request: Request | None) -> None:
-        """One log line; `request` is None while the conf is not known."""
-        from meshcni.plugin.log import write_log  # not needed, so not loaded, by the verbs that log nothing
+    def log(self, run_dir: str, threshold: str, level: str, message: str, pod: str) -> None:
+        """One log line. See log.write_log."""
+        from meshcni.plugin.log import write_log  # not loaded by the verbs that log nothing
 
-        if request is None:
-            write_log("", "", level, message, "")
-        else:
-            conf = request.conf
-            pod = f"{request.pod_namespace}/{request.pod_name}" if request.pod_name else ""
-            write_log(conf.run_dir, conf.log_level, level, message, pod)
+        write_log(run_dir, threshold, level, message, pod)
 
     def say(self, text: str) -> None:
         """Plain text on stderr, for a person who started the plugin by hand."""
@@ -86,6 +79,7 @@ class Effects:
 
 
 def _namespace_type(descriptor: int) -> int:
+
     try:
         return fcntl.ioctl(descriptor, _NS_GET_NSTYPE)
     except OSError:
