@@ -114,7 +114,7 @@ def derive_interception(pod: Pod, environment: Mapping[str, str] = NO_PAIRS) -> 
     """Derive the parameters of a sidecar pod's rules; PodSpecError for a value that cannot be used.
 
     `environment` is that of the program that asks; of it only owner groups and loopback prefix are taken, and only
-    where the proxy container does not set them itself.
+    where the proxy container does not set them itself. An empty variable counts as unset.
     """
     found = _Collection(pod)
     _take_annotations(found)
@@ -167,7 +167,7 @@ def _take_switches(found: _Collection) -> None:
 def _take_variables(found: _Collection, environment: Mapping[str, str]) -> None:
     for name, field, read in VARIABLES:
         _warn_of_value_from(found, name)
-        if name in found.env:
+        if found.env.get(name):
             found.read(field, found.env[name], read, f"env {name} of container {istio.PROXY_CONTAINER}")
         elif environment.get(name):
             found.read(field, environment[name], read, f"env {name} of the agent")

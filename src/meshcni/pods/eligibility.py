@@ -99,7 +99,8 @@ Check = Callable[[Pod, Namespace | None, Policy], Found]
 
 
 def _own_agent_pod(pod: Pod, _namespace: Namespace | None, policy: Policy) -> Found:
-    if pod.name.startswith(istio.AGENT_POD_PREFIX) and pod.namespace == policy.agent_namespace:
+    in_its_namespace = policy.agent_namespace != "" and pod.namespace == policy.agent_namespace
+    if in_its_namespace and pod.name.startswith(istio.AGENT_POD_PREFIX):
         return OWN_AGENT_POD, f"pod name {pod.name} in the agent's namespace {policy.agent_namespace}"
     return None
 
