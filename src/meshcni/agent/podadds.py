@@ -16,11 +16,25 @@ from meshcni.agent import metrics as m
 from meshcni.agent.logs import labels
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.podlookup import PodLookup
-from meshcni.errors import CNI_INTERNAL, CNI_TRY_AGAIN_LATER, MeshCniError, NetnsError
+from meshcni.errors import (
+    CNI_INVALID_NETNS,
+    CNI_TRY_AGAIN_LATER,
+    MeshCniError,
+    NetnsError,
+    PodSpecError,
+    RulesError,
+)
 from meshcni.host.netns import check_pod_netns
 from meshcni.host.redirection import Applied
 from meshcni.pods.assess import Assessment, assess
-from meshcni.pods.eligibility import NAMESPACE_EXCLUDED, Policy, Reason, Verdict
+from meshcni.pods.eligibility import (
+    BAD_PARAMETERS,
+    NAMESPACE_EXCLUDED,
+    SIDECAR_INJECTED,
+    Policy,
+    Reason,
+    Verdict,
+)
 from meshcni.pods.interception import Interception
 from meshcni.pods.model import Pod
 from meshcni.protocols.podadd import AddReply, AddRequest, accepted, refused
@@ -29,7 +43,8 @@ log = logging.getLogger(__name__)
 
 ADD_SECONDS = 60.0  # everything; the kubelet gives a sandbox 2 to 4 minutes and then starts anew
 REMEMBERED_ADDS = 50  # for `install-cni status`
-MAX_LOGGED_CHARACTERS = 300  # of an error message, so that a line stays below 400 bytes
+MAX_LOGGED_CHARACTERS = 200  # of a message, so that a line stays below 400 bytes
+MAX_REPLY_CHARACTERS = 4000  # an annotation can be 256 KiB long, and messages quote values
 EVENT_REASON = "MeshRedirectionFailed"
 
 Addresses = tuple[IPv4Address | IPv6Address, ...]
@@ -61,6 +76,19 @@ class AddRecord:
             yield
         finally:
             self.milliseconds[name] = round((time.monotonic() - begin) * 1000, 2)
+
+
+POD_UNKNOWN = Reason("pod-unknown", "The API server did not say what the pod is.", Verdict.ERROR)
+WRONG_NETNS = Reason("wrong-netns", "The netns is none, the host's, or has none of the pod's addresses.", Verdict.ERROR)
+NOT_PROGRAMMED = Reason("not-programmed", "The rules could not be put into the netns.", Verdict.ERROR)
+INTERNAL = Reason("internal", "The agent met a case it does not know; its log has the traceback.", Verdict.ERROR)
+AGENT_REASONS = (POD_UNKNOWN, WRONG_NETNS, NOT_PROGRAMMED, INTERNAL)  # beside those of pods.eligibility
+REASON_OF_CODE: Mapping[int, Reason] = {
+    NetnsError.cni_code: WRONG_NETNS,
+    CNI_INVALID_NETNS: WRONG_NETNS,
+    CNI_TRY_AGAIN_LATER: NOT_PROGRAMMED,
+    RulesError.cni_code: BAD_PARAMETERS,
+}
 
 
 class AddRefusedError(MeshCniError):
@@ -124,38 +152,30 @@ class PodAdds:
             pod, assessment = await self._assess(request, record)
         for warning in assessment.warnings:
             log.warning("%s", warning, extra=labels(pod=record.pod))
-        decision = assessment.decision
-        record.reason = decision.reason.code
-        if assessment.error is not None or decision.verdict is Verdict.ERROR:
-            error = assessment.error or AddRefusedError(f"{decision.reason.text} ({decision.evidence})")
-            await self._warn(pod, EVENT_REASON, str(error))
-            raise error
-        if decision.verdict is Verdict.AMBIENT:
-            error = AddRefusedError(
-                f"pod {record.pod} is an ambient pod, and ambient enrolment is not part of this build yet",
-                "label the pod istio.io/dataplane-mode=none, or run an agent that enrols ambient pods on this node",
-            )
-            await self._warn(pod, EVENT_REASON, str(error))
-            raise error
-        if decision.verdict is Verdict.SKIP or assessment.derived is None:
-            return _skipped(record, decision.reason)
+        record.reason = assessment.decision.reason.code
+        if assessment.decision.verdict is Verdict.SKIP:
+            return _skipped(record, assessment.decision.reason)
         try:
+            interception = required_interception(pod, assessment)
             with record.phase("program"):
-                applied = await self._program(netns_fd, assessment.derived.interception, addresses(request.ips))
+                applied = await self._program(netns_fd, interception, addresses(request.ips))
         except MeshCniError as error:
             await self._warn(pod, EVENT_REASON, str(error))
             raise
         record.verdict, record.backend, record.variant = "sidecar", applied.backend.value, applied.variant
-        record.message = decision.reason.text
+        record.message = assessment.decision.reason.text
         return accepted("sidecar", record.reason, record.message)
 
     async def _assess(self, request: AddRequest, record: AddRecord) -> tuple[Pod, Assessment]:
         """The pod and what is to be done with it; its namespace is asked for only where ambient mode needs it."""
         try:
             found = await self._lookup.pod(request.pod_namespace, request.pod_name, request.pod_uid)
-        except MeshCniError:
+        except MeshCniError as error:
             self._metrics.count(m.POD_LOOKUPS, source="failed")
-            record.reason = "pod-unknown"
+            record.reason = POD_UNKNOWN.code
+            if isinstance(error, PodSpecError):  # the API knows it, but its fields cannot be read
+                unread = Pod(namespace=request.pod_namespace, name=request.pod_name, uid=request.pod_uid)
+                await self._warn(unread, EVENT_REASON, str(error))
             raise
         record.source = found.source
         self._metrics.count(m.POD_LOOKUPS, source=found.source)
@@ -163,11 +183,12 @@ class PodAdds:
         return found.pod, assess(found.pod, namespace, self._policy, self._environment)
 
     def _failed(self, record: AddRecord, error: MeshCniError) -> AddReply:
-        record.verdict, record.message, record.code = "error", str(error), error.cni_code
-        if record.reason in ("internal", "sidecar-injected"):  # no step has named a better one
-            record.reason = REASON_OF_CODE.get(error.cni_code, "internal")
+        record.verdict, record.message, record.code = "error", str(error)[:MAX_REPLY_CHARACTERS], error.cni_code
+        if record.reason in (INTERNAL.code, SIDECAR_INJECTED.code):  # no step has named a better one
+            record.reason = REASON_OF_CODE.get(error.cni_code, INTERNAL).code
         self._metrics.count(m.ERRORS, error=type(error).__name__)
-        return refused(error.cni_code, error.message, error.hint)
+        message = "; ".join([error.message, *getattr(error, "__notes__", ())])
+        return refused(error.cni_code, message[:MAX_REPLY_CHARACTERS], error.hint[:MAX_REPLY_CHARACTERS])
 
     def _finish(self, record: AddRecord) -> None:
         """Count, remember, and say in one line what was done."""
@@ -183,11 +204,19 @@ class PodAdds:
         log.log(level, "ADD %s", record.message[:MAX_LOGGED_CHARACTERS], extra=labels(**values))
 
 
-REASON_OF_CODE: Mapping[int, str] = {
-    NetnsError.cni_code: "wrong-netns",
-    CNI_TRY_AGAIN_LATER: "not-programmed",
-    CNI_INTERNAL: "internal",
-}
+def required_interception(pod: Pod, assessment: Assessment) -> Interception:
+    """The parameters to program. Raises PodSpecError for wrong ones, AddRefusedError where there can be none."""
+    decision = assessment.decision
+    if assessment.error is not None:
+        raise assessment.error
+    if decision.verdict is Verdict.AMBIENT:
+        raise AddRefusedError(
+            f"pod {pod.full_name} is an ambient pod, and ambient enrolment is not part of this build yet",
+            "label the pod istio.io/dataplane-mode=none, or run an agent that enrols ambient pods on this node",
+        )
+    if assessment.derived is None:
+        raise AddRefusedError(f"{decision.reason.text} ({decision.evidence})")
+    return assessment.derived.interception
 
 
 def _skipped(record: AddRecord, reason: Reason) -> AddReply:
