@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 import shutil
 import signal
 import subprocess
@@ -65,15 +66,26 @@ class Agent:
         if wait:
             self.wait_ready()
 
+    def ensure(self, options: AgentOptions) -> None:
+        """Have it running with `options`, restarting it only when it runs with others or not at all."""
+        if self.process is not None and self.process.poll() is None:
+            if self.options == options:
+                return
+            self.terminate()
+        self.start(options)
+
     def wait_ready(self) -> None:
         """Return when /readyz says 200 and containerd has loaded the chain with our plugin."""
-        wait_until("the agent is ready", self.is_ready, START_SECONDS)
-        wait_until("containerd has loaded istio-cni", self.is_in_chain, START_SECONDS)
+        try:
+            wait_until("the agent is ready", self.is_ready, START_SECONDS)
+            wait_until("containerd has loaded istio-cni", self.is_in_chain, START_SECONDS)
+        except LabError as error:
+            raise LabError(f"{error}; the agent's log ends with\n{last_lines(self.log_text(), 12)}") from None
 
     def is_ready(self) -> bool:
         """Ask /readyz; LabError when the agent has ended."""
         if self.process is None or self.process.poll() is not None:
-            raise LabError(f"the agent ended; its log ends with\n{last_lines(self.log_text(), 12)}")
+            raise LabError("the agent ended")
         try:
             return self.get(istio.HEALTH_PORT, istio.READY_PATH)[0] == 200
         except OSError:
@@ -95,6 +107,15 @@ class Agent:
             raise ConnectionError(str(error)) from error
         finally:
             connection.close()
+
+    def known_pods(self) -> int:
+        """Return how many pods its informer holds, by its own metric; -1 before it says."""
+        found = re.search(r'^istio_cni_watch_objects\{resource="pods"\} (\S+)$', self.metrics(), re.MULTILINE)
+        return int(float(found.group(1))) if found else -1
+
+    def metrics(self) -> str:
+        """Return /metrics."""
+        return self.get(istio.METRICS_PORT, "/metrics")[1]
 
     def terminate(self) -> int:
         """Send SIGTERM, as the kubelet does, and return the exit status."""

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from lab.agent import Agent
+from lab.agent import AGENT_NAMESPACE, Agent
 from lab.api import api_server_in
 from lab.containerd import Containerd
 from lab.cri import CriError, Sandbox
 from lab.envoy import Envoy, Mode
-from lab.node import LabError, Node
-from lab.objects import NODE_NAME, namespace_object
+from lab.node import Node, wait_until
+from lab.objects import NODE_NAME, daemonset_object, namespace_object
 from lab.traffic import EchoServers
 from meshcni import istio
 
 APP_PORT = 8080
+KNOWN_SECONDS = 10.0
 RETRY_SECONDS = 0.2  # between two attempts to start a sandbox, as a kubelet would
 
 
@@ -59,6 +60,7 @@ class Mesh:
             stack.callback(self.runtime.close)
             self.agent = Agent(self.node, self.runtime, self.api.environment, service_account)
             self.api.do(lambda server: server.add("nodes", {"metadata": {"name": NODE_NAME, "labels": {}}}))
+            self.api.do(lambda server: server.add("daemonsets", daemonset_object(AGENT_NAMESPACE)))
             self.pods: list[RunningPod] = []
             self._stack = stack.pop_all()
         return self
@@ -79,6 +81,11 @@ class Mesh:
     def add_namespace(self, name: str, labels: Mapping[str, str] | None = None) -> None:
         """Add a namespace to the API server."""
         self.api.do(lambda server: server.add("namespaces", namespace_object(name, labels)))
+
+    def wait_until_known(self) -> None:
+        """Return when the agent's informer holds as many pods as the API server has."""
+        count = self.api.do(lambda server: len(server.cluster.objects("pods")))
+        wait_until("the agent knows all pods", lambda: self.agent.known_pods() == count, KNOWN_SECONDS)
 
     def start_pod(self, pod: Mapping[str, Any], *, in_api: bool = True, retry_seconds: float = 0.0) -> RunningPod:
         """Start the sandbox of `pod`, and serve its application port; its proxy, if any, is not started.
@@ -159,6 +166,3 @@ def forget_pod(server: Any, pod: RunningPod) -> None:  # noqa: ANN401  (an ApiSe
     keys = {(known["metadata"]["namespace"], known["metadata"]["name"]) for known in server.cluster.objects("pods")}
     if (pod.sandbox.namespace, pod.name) in keys:
         server.delete_pod(pod.sandbox.namespace, pod.name)
-
-
-__all__ = ["APP_PORT", "LabError", "Mesh", "Redirection", "RunningPod"]

@@ -33,6 +33,10 @@ class LabError(Exception):
     """The lab cannot run here, or a part of it failed; the text says which and why."""
 
 
+class LabUnavailableError(LabError):
+    """This machine cannot have a lab node at all."""
+
+
 class Node:
     """Context manager; inside the `with` the node runs. `folder` is on the host's disk, at the same path inside.
 
@@ -51,7 +55,7 @@ class Node:
     def __enter__(self) -> Self:
         reason = missing_requirements()
         if reason:
-            raise LabError(reason)
+            raise LabUnavailableError(reason)
         self.name = f"{PREFIX}{secrets.token_hex(4)}"  # also the node's host name
         self.folder = Path(tempfile.gettempdir()) / self.name
         self.folder.mkdir(mode=0o755)
@@ -175,7 +179,7 @@ class Node:
             answer = output.readline().decode().strip()
         if answer != "ready":
             details = self.log_path("init").read_text().strip()
-            raise LabError(f"the node's namespaces cannot be set up here: {answer} {details}")
+            raise LabUnavailableError(f"the node's namespaces cannot be set up here: {answer} {details}")
         self.pid = only_child(self._outer.pid)
         self.netns = f"/proc/{self.pid}/ns/net"
         self._doorway = ThreadPoolExecutor(1, "node-doorway")

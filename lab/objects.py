@@ -66,3 +66,13 @@ def sidecar_pod(
 def namespace_object(name: str, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return a namespace."""
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": dict(labels or {})}}
+
+
+def daemonset_object(namespace: str) -> dict[str, Any]:
+    """Return the DaemonSet that our agent is a pod of."""
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "DaemonSet",
+        "metadata": {"namespace": namespace, "name": istio.DAEMONSET_NAME},
+        "spec": {"template": {"metadata": {}, "spec": {}}},
+    }
