@@ -60,6 +60,8 @@ class ApiServer:
         self.faults: list[Fault] = []
         self.requests: list[RequestRecord] = []
         self.watches: set[Watch] = set()
+        self.connections_accepted = 0
+        self.most_connections = 0  # at once
         self._bookmark_seconds = bookmark_seconds
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -221,6 +223,8 @@ class ApiServer:
 
     async def _serve(self, connection: Connection) -> None:
         self._connections.add(connection)
+        self.connections_accepted += 1
+        self.most_connections = max(self.most_connections, len(self._connections))
         try:
             while True:
                 await self._answer(connection, await connection.next_request())

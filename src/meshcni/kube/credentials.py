@@ -147,7 +147,7 @@ class KubeconfigFile:
 
         try:
             config = KubeConfig.from_file(self.path).get(self.context or None)
-        except (ConfigError, OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        except (ConfigError, OSError, yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ApiError(
                 0,
                 f"kubeconfig {self.path}: {type(error).__name__}: {error}",

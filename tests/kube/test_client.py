@@ -1,0 +1,450 @@
+"""KubeApi against the double: every call, every way to fail, over every transport."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab.apiserver import ApiServer
+from lab.apiserver.tls import Certificates, make_certificates
+from tests.kube.worlds import TOKEN, double_and_api, open_descriptors, pod_object, rotate_token, until
+
+from meshcni.errors import KubeError
+from meshcni.kube import failures
+from meshcni.kube.client import (
+    DAEMONSETS,
+    EVENTS,
+    MAX_CALLS,
+    NAMESPACES,
+    NODES,
+    PODS,
+    KubeApi,
+    split_lines,
+)
+from meshcni.kube.credentials import InCluster, KubeconfigFile, TokenFile
+from meshcni.kube.failures import ApiError
+
+World = Callable[[], AbstractAsyncContextManager[tuple[ApiServer, KubeApi]]]
+
+
+@pytest.fixture(params=["http", "https", "kubeconfig", "kubeconfig-https"])
+def world(request: pytest.FixtureRequest, account: Path, tmp_path: Path) -> World:
+    """A double and a client on it, by each transport."""
+    certificates = request.getfixturevalue("certificates") if "https" in request.param else None
+
+    @asynccontextmanager
+    async def in_cluster() -> AsyncIterator[tuple[ApiServer, KubeApi]]:
+        async with double_and_api(account, certificates=certificates) as both:
+            yield both
+
+    @asynccontextmanager
+    async def by_kubeconfig() -> AsyncIterator[tuple[ApiServer, KubeApi]]:
+        async with ApiServer(tokens=[TOKEN], certificates=certificates) as server:
+            server.write_kubeconfig(tmp_path / "kubeconfig", TOKEN)
+            async with KubeApi(KubeconfigFile(str(tmp_path / "kubeconfig"))) as api:
+                yield server, api
+
+    return by_kubeconfig if "kubeconfig" in request.param else in_cluster
+
+
+async def failure_of(call: Any) -> ApiError:
+    with pytest.raises(KubeError) as caught:
+        await call
+    assert isinstance(caught.value, ApiError)
+    assert TOKEN not in str(caught.value)
+    return caught.value
+
+
+async def test_a_pod_by_name(world: World) -> None:
+    async with world() as (server, api):
+        server.add_pod(pod_object("web-0", uid="u1", labels={"app": "web"}))
+
+        pod = await api.get_pod("apps", "web-0")
+
+    assert (pod.full_name, pod.uid, pod.labels["app"], pod.node_name, pod.ips) == (
+        "apps/web-0",
+        "u1",
+        "web",
+        "n1",
+        ("10.0.0.7",),
+    )
+
+
+async def test_objects_of_other_groups_and_of_no_namespace(world: World) -> None:
+    async with world() as (server, api):
+        server.add("daemonsets", {"metadata": {"name": "istio-cni-node", "namespace": "kube-system"}, "spec": {}})
+        server.add("nodes", {"metadata": {"name": "n1"}})
+
+        daemonset = await api.get_object(*DAEMONSETS, "kube-system", "istio-cni-node")
+        node = await api.get_object(*NODES, None, "n1")
+
+    assert (daemonset["kind"], daemonset["apiVersion"], node["kind"]) == ("DaemonSet", "apps/v1", "Node")
+
+
+async def test_a_list_is_read_page_by_page_as_far_as_asked(world: World) -> None:
+    async with world() as (server, api):
+        for number in range(1203):
+            server.add_pod(pod_object(f"p{number:04}", node=f"n{number % 3}", labels={"odd": str(number % 2)}))
+
+        everything = await api.list_objects(*PODS)
+        on_node = await api.list_objects(*PODS, field_selector="spec.nodeName=n1")
+        odd = await api.list_objects(*PODS, "apps", label_selector="odd=1", limit=7)
+        elsewhere = await api.list_objects(*PODS, "nowhere")
+        limits = [record.request.query.get("limit") for record in server.requests]
+
+    assert len({pod["metadata"]["name"] for pod in everything}) == len(everything) == 1203
+    assert {pod["spec"]["nodeName"] for pod in on_node} == {"n1"}
+    assert len(on_node) == 401
+    assert [pod["metadata"]["name"] for pod in odd] == ["p0001", "p0003", "p0005", "p0007", "p0009", "p0011", "p0013"]
+    assert elsewhere == []
+    assert limits == ["500", "500", "500", "500", "7", "500"]
+
+
+async def test_metadata_only(world: World) -> None:
+    async with world() as (server, api):
+        server.add_namespace("apps", {"istio.io/dataplane-mode": "ambient"})
+
+        (found,) = await api.list_objects(*NAMESPACES, metadata_only=True)
+
+    assert found["metadata"]["labels"]["istio.io/dataplane-mode"] == "ambient"
+    assert found.keys() <= {"kind", "apiVersion", "metadata"}
+
+
+async def test_an_event_is_posted(world: World) -> None:
+    async with world() as (server, api):
+        server.add_namespace("apps")
+        await api.create_event("apps", {"metadata": {"name": "e1", "namespace": "apps"}, "reason": "Why"})
+
+        assert [event["reason"] for event in server.cluster.objects("events")] == ["Why"]
+
+
+async def test_a_watch_gives_events_and_ends_when_the_server_ends_it(world: World) -> None:
+    async with world() as (server, api), api.watch(PODS, field_selector="spec.nodeName=n1") as events:
+        await until(lambda: server.watches)
+        server.add_pod(pod_object("a"))
+        server.add_pod(pod_object("elsewhere", node="n2"))
+        server.bookmark()
+        server.end_watches()
+
+        got = [(event["type"], event["object"]["metadata"].get("name")) async for event in events]
+
+    assert got == [("ADDED", "a"), ("BOOKMARK", None)]
+
+
+# status -> what the hint must name; 403 is the rule to add, in RBAC's words
+STATUSES = [
+    (400, "refused"),
+    (401, "token"),
+    (403, "get pods in namespace apps"),
+    (404, "does not exist"),
+    (409, "somebody else"),
+    (410, "list again"),
+    (429, "as long as it says"),
+    (500, "problem of its own"),
+    (503, "problem of its own"),
+    (504, "problem of its own"),
+]
+
+
+@pytest.mark.parametrize(("status", "hint"), STATUSES)
+async def test_an_error_says_call_status_and_what_to_do(account: Path, status: int, hint: str) -> None:
+    async with double_and_api(account) as (server, api):
+        server.fault("status", status=status, count=-1, message="because")
+
+        error = await failure_of(api.get_pod("apps", "a"))
+
+    assert (error.status, error.cause) == (status, failures.STATUS)
+    assert error.message == f"GET /api/v1/namespaces/apps/pods/a: HTTP {status}: because"
+    assert hint in error.hint
+
+
+RULES = [
+    (lambda api: api.get_object(*DAEMONSETS, "a", "b"), "get daemonsets of API group apps in namespace a"),
+    (lambda api: api.get_object(*NODES, None, "n1"), "get nodes"),
+    (lambda api: api.list_objects(*PODS), "list pods"),
+    (lambda api: api.create_event("a", {}), "create events in namespace a"),
+]
+
+
+@pytest.mark.parametrize(("call", "rule"), RULES)
+async def test_forbidden_names_the_rule_to_add(account: Path, call: Callable[[KubeApi], Any], rule: str) -> None:
+    async with double_and_api(account) as (server, api):
+        server.fault("status", status=403)
+
+        error = await failure_of(call(api))
+
+    assert error.hint == f"the service account needs a rule that allows {rule}"
+
+
+async def test_forbidden_watch_names_the_verb(account: Path) -> None:
+    async with double_and_api(account) as (server, api):
+        server.fault("status", status=403)
+        with pytest.raises(ApiError, match="allows watch pods"):
+            async with api.watch(PODS):
+                pass
+
+
+async def test_throttling_says_how_long_to_wait(world: World) -> None:
+    async with world() as (server, api):
+        server.fault("status", status=429, retry_after_seconds=7)
+
+        error = await failure_of(api.get_pod("apps", "a"))
+
+    assert (error.status, error.retry_after_seconds) == (429, 7.0)
+
+
+# the fault, the cause it is known by
+NETWORK = [
+    ({"kind": "hang"}, failures.TIMEOUT),
+    ({"kind": "delay", "seconds": 30.0}, failures.TIMEOUT),
+    ({"kind": "drop"}, failures.BROKEN),
+    ({"kind": "truncate"}, failures.BROKEN),
+    ({"kind": "garbage"}, failures.BROKEN),
+]
+
+
+@pytest.mark.parametrize(("fault", "cause"), NETWORK)
+async def test_a_network_that_fails(world: World, fault: dict[str, Any], cause: str) -> None:
+    async with world() as (server, api):
+        server.add_pod(pod_object("a"))
+        await api.get_pod("apps", "a")
+        server.fault(count=-1, **fault)
+
+        error = await failure_of(api.get_pod("apps", "a", timeout=0.2))
+
+        assert (error.status, error.cause) == (0, cause)
+        assert error.message.startswith("GET /api/v1/namespaces/apps/pods/a: ")
+        assert error.hint or cause == failures.BROKEN
+        server.clear_faults()
+        assert (await api.get_pod("apps", "a")).name == "a"
+
+
+@pytest.mark.parametrize("kind", ["drop", "truncate"])
+async def test_a_connection_that_broke_once_is_tried_anew(world: World, kind: str) -> None:
+    async with world() as (server, api):
+        server.add_pod(pod_object("a"))
+        server.fault(kind, count=1)
+
+        assert (await api.get_pod("apps", "a")).name == "a"
+
+
+async def test_a_post_is_not_sent_twice(world: World) -> None:
+    async with world() as (server, api):
+        server.fault("drop", method="POST")
+
+        error = await failure_of(api.create_event("apps", {}))
+
+        assert error.cause == failures.BROKEN
+        assert len(server.requests) == 1
+
+
+async def test_nobody_listens(world: World) -> None:
+    async with world() as (server, api):
+        await server.stop()
+
+        error = await failure_of(api.get_pod("apps", "a"))
+
+    assert (error.status, error.cause) == (0, failures.CONNECT)
+    assert "reaches the API server" in error.hint
+
+
+async def test_a_server_of_another_ca(certificates: Certificates, account: Path, tmp_path: Path) -> None:
+    other = make_certificates(tmp_path / "other")
+    assert other is not None
+    async with double_and_api(account, certificates=certificates) as (_, api):
+        (account / "ca.crt").write_bytes(other.ca_cert.read_bytes())
+
+        error = await failure_of(api.get_pod("apps", "a"))
+
+    assert (error.status, error.cause) == (0, failures.TLS)
+    assert "CA file" in error.hint
+
+
+async def test_a_rotated_ca_is_trusted_without_a_restart(
+    certificates: Certificates, account: Path, tmp_path: Path
+) -> None:
+    other = make_certificates(tmp_path / "other")
+    assert other is not None
+    async with double_and_api(account, certificates=certificates) as (server, api):
+        server.add_pod(pod_object("a"))
+        await api.get_pod("apps", "a")
+        await server.stop()
+        server.certificates = other
+        await server.start()
+        assert (await failure_of(api.get_pod("apps", "a"))).cause == failures.TLS
+
+        (account / "ca.crt").write_bytes(other.ca_cert.read_bytes())
+
+        assert (await api.get_pod("apps", "a")).name == "a"
+
+
+async def test_a_refused_token_is_read_again_and_the_call_repeated(account: Path) -> None:
+    async with double_and_api(account) as (server, api):
+        server.add_pod(pod_object("a"))
+        await api.get_pod("apps", "a")
+        server.tokens = {"token-2"}
+        server.requests.clear()
+
+        error = await failure_of(api.get_pod("apps", "a"))  # the file still has the old one
+
+        assert (error.status, [r.token for r in server.requests]) == (401, [TOKEN, TOKEN])
+        rotate_token(account, "token-2")
+        assert (await api.get_pod("apps", "a")).name == "a"
+        assert [r.token for r in server.requests] == [TOKEN, TOKEN, "token-2"]
+
+
+async def test_a_token_swapped_during_a_call_costs_one_repetition(account: Path) -> None:
+    async with double_and_api(account) as (server, api):
+        server.add_pod(pod_object("a"))
+        rotate_token(account, TOKEN)
+        server.tokens = {"token-2"}
+        server.fault("delay", seconds=0.2)
+        call = asyncio.ensure_future(api.get_pod("apps", "a"))
+        await until(lambda: server.requests)
+
+        rotate_token(account, "token-2")
+
+        assert (await call).name == "a"
+        assert [r.token for r in server.requests] == [TOKEN, "token-2"]
+
+
+def test_a_token_survives_a_half_done_rotation_and_is_never_shown(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    token = TokenFile(str(file))
+    with pytest.raises(ApiError, match="no API token in"):
+        token.current()
+    file.write_text("secret-1\n")
+    assert token.current() == "secret-1"
+    for broken in (b"", b"\xff\xfe"):
+        file.write_bytes(broken)
+        assert token.current() == "secret-1"
+    file.unlink()
+    assert token.current() == "secret-1"
+    file.write_text("secret-2")
+    assert token.current() == "secret-2"
+    assert "secret" not in repr(token)
+
+
+ENVIRONMENTS = [
+    ({}, "KUBERNETES_SERVICE_HOST is not set"),
+    ({"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, "KUBERNETES_SERVICE_PORT is not set"),
+    ({"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}, "ca.crt cannot be used"),
+]
+
+
+@pytest.mark.parametrize(("environment", "complaint"), ENVIRONMENTS)
+async def test_outside_of_a_pod(account: Path, environment: dict[str, str], complaint: str) -> None:
+    async with KubeApi(InCluster(environment, str(account))) as api:
+        error = await failure_of(api.get_pod("apps", "a"))
+
+    assert complaint in error.message
+    assert (error.cause, bool(error.hint)) == (failures.CREDENTIALS, True)
+
+
+def test_addresses_of_the_cluster() -> None:
+    def server(**environment: str) -> str:
+        return InCluster({f"KUBERNETES_SERVICE_{name}": value for name, value in environment.items()}).server
+
+    assert server(HOST="10.96.0.1", PORT="443") == "https://10.96.0.1:443"
+    assert server(HOST="fd00::1", PORT="6443") == "https://[fd00::1]:6443"
+    assert server(HOST="127.0.0.1", PORT="80", PROTOCOL="http") == "http://127.0.0.1:80"
+
+
+KUBECONFIGS = [
+    (None, "not found"),
+    ("{", "kubeconfig"),
+    ("[]", "kubeconfig"),
+    ("clusters: []\ncontexts: []\n", "current context"),
+    ("clusters: []\ncontexts: []\ncurrent-context: none\n", "none"),
+]
+
+
+@pytest.mark.parametrize(("text", "complaint"), KUBECONFIGS)
+async def test_a_kubeconfig_that_cannot_be_used(tmp_path: Path, text: str | None, complaint: str) -> None:
+    path = tmp_path / "kubeconfig"
+    if text is not None:
+        path.write_text(text)
+    async with KubeApi(KubeconfigFile(str(path))) as api:
+        error = await failure_of(api.get_pod("apps", "a"))
+
+    assert complaint in error.message
+    assert str(path) in error.message
+
+
+async def test_calls_share_few_connections(account: Path) -> None:
+    async with double_and_api(account) as (server, api):
+        server.add_pod(pod_object("a"))
+        for _ in range(20):
+            await api.get_pod("apps", "a")
+        assert server.connections_accepted == 1
+
+        server.fault("delay", seconds=0.02, count=-1)
+        await asyncio.gather(*(api.get_pod("apps", "a") for _ in range(50)))
+
+        assert server.most_connections == MAX_CALLS
+
+
+async def test_calls_and_failures_leave_nothing_open(world: World) -> None:
+    async with world() as (server, api):
+        server.add_pod(pod_object("a"))
+        await api.get_pod("apps", "a")
+        before, tasks = open_descriptors(), len(asyncio.all_tasks())
+        for kind in ("hang", "drop", "garbage", "truncate", "status") * 10:
+            server.clear_faults()
+            server.fault(kind, count=-1)
+            await failure_of(api.get_pod("apps", "a", timeout=0.03))
+        server.clear_faults()
+        await api.get_pod("apps", "a")
+        await asyncio.sleep(0.05)  # the double closes its ends
+
+        assert open_descriptors() <= before
+        assert len(asyncio.all_tasks()) <= tasks + 1
+
+
+async def test_the_pool_does_not_use_a_connection_the_server_closed(world: World) -> None:
+    async with world() as (server, api):
+        server.add_pod(pod_object("a"))
+        await api.get_pod("apps", "a")
+        await server.stop()
+        await server.start()
+
+        assert (await api.get_pod("apps", "a")).name == "a"
+        assert len([r for r in server.requests if r.request.path == "/api/v1/namespaces/apps/pods/a"]) == 2
+
+
+async def test_names_are_quoted_into_paths(account: Path) -> None:
+    async with double_and_api(account) as (server, api):
+        await failure_of(api.get_object(*EVENTS, "../nodes", "a/b?c"))
+
+        assert server.requests[-1].request.path == "/api/v1/namespaces/../nodes/events/a/b?c"
+        assert server.requests[-1].request.query == {}
+
+
+CHUNKS = [
+    ([b"a\nbb\n"], [b"a", b"bb"]),
+    ([b"a", b"a\n", b"\n\n", b"b\n"], [b"aa", b"b"]),
+    ([], []),
+    ([b"123456789\n"], None),
+    ([b"12345", b"6789"], None),
+    ([b"a\nb"], None),
+]
+
+
+@pytest.mark.parametrize(("chunks", "lines"), CHUNKS)
+async def test_lines_of_a_stream(chunks: list[bytes], lines: list[bytes] | None) -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+
+    async def read() -> list[bytes]:
+        return [line async for line in split_lines(stream(), 8, ValueError)]
+
+    if lines is None:
+        with pytest.raises(ValueError, match="line"):
+            await read()
+    else:
+        assert await read() == lines
