@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN002, ANN201, ANN202, ANN204, D100, D101, D102, D103
+# ruff: noqa: ANN001, ANN202, ANN204, D100, D101
 # Stands in for importlib._bootstrap: imports built-in and frozen modules, and knows no finders, loaders or paths.
 # import.c of CPython 3.11 and 3.13 calls _install, _install_external_importers, _find_and_load, _handle_fromlist and
 # _lock_unlock_module, and reads __spec__._initializing. There is one thread, so there are no locks.

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN002, ANN201, ANN202, ANN204, D100, D101, D102, D103
+# ruff: noqa: ANN001, ANN201, D100, D101, D103
 # Stands in for encodings and codecs: only UTF-8 can be looked up, and CPython looks it up when it starts. (str.encode
 # and bytes.decode do UTF-8, ASCII, Latin-1 and UTF-16 in C without asking here.)
 from _codecs import register, utf_8_decode, utf_8_encode

@@ -1,5 +1,5 @@
-# ruff: noqa: ANN001, ANN002, ANN201, ANN202, ANN204, D100, D101, D102, D103
-# Stands in for io. CPython makes sys.stdin, sys.stdout and sys.stderr with these two names (create_stdio, pylifecycle.c);
+# ruff: noqa: ANN002, ANN201, ANN204, D100, D101, D102
+# Stands in for io. CPython makes sys.stdin, sys.stdout and sys.stderr with these two names (pylifecycle.c);
 # the plugin reads and writes descriptors itself, so a stream only has to be there.
 
 
