@@ -1,39 +1,43 @@
-"""Puts binary, kubeconfig and conf entry on the host, keeps them there, and takes them away."""
+"""Keeps plugin, kubeconfig and conf entry on the host while the agent lives: installs, watches, repairs, takes away."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import random
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from meshcni import istio
-from meshcni.cni.conf import EntryConfig
+from meshcni.agent.installation import SUCCESS, Installation, InstallConfig, Outcome
+from meshcni.cni import conf
+from meshcni.host.files import TEMP_MARK
+from meshcni.host.inotify import DirectoryWatch
 
+__all__ = ["Callbacks", "InstallConfig", "InstallStatus", "Installer"]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstallConfig:
-    """Every directory and value of the installer; agent/settings.py builds it, tests give their own."""
+log = logging.getLogger("cni-agent")
 
-    entry: EntryConfig
-    conf_dir: str = istio.HOST_CONF_DIR
-    conf_name: str = ""  # the operator's; empty: the first valid file, or the default name when standalone
-    chained: bool = True
-    owned: bool = False
-    owned_name: str = ""  # empty: istio.OWNED_CONF_NAME
-    original_conversion: bool = False  # CNI_CONF_ORIGINAL_CONVERSION
-    conf_group_read: bool = False
-    binary_source_dir: str = istio.BINARY_SOURCE_DIR
-    binary_target_dirs: tuple[str, ...] = (istio.HOST_BINARY_DIR,)
-    run_dir: str = istio.RUN_DIR
-    kubeconfig_mode: int = 0o600
-    kube_ca_file: str = ""  # empty: ca.crt of the service account
-    skip_tls_verify: bool = False
-    service_account_dir: str = istio.SERVICE_ACCOUNT_DIR
-    api_protocol: str = "https"  # KUBERNETES_SERVICE_PROTOCOL
-    api_host: str = ""  # KUBERNETES_SERVICE_HOST
-    api_port: str = ""  # KUBERNETES_SERVICE_PORT
-    uninstall_removes_binary: bool = False  # UNINSTALL_REMOVES_BINARY
-    resync_seconds: float = 60.0
+JITTER = 0.1  # of the resync interval, so that the agents of a cluster do not all work at once
+POLL_SECONDS = 5.0  # between looks when a directory cannot be watched
+QUIET_SECONDS = 0.005  # after a change: its writer may do one more
+BUSY_QUIET_SECONDS = 0.05  # when changes come thick
+FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 30.0
+FIGHT_WARNING_SECONDS = 30.0  # between two warnings that somebody keeps changing the conf
+
+# Who is known to rewrite confs, by what their file's name contains, and what to tell them.
+FIGHT_HINTS = (
+    ("cilium", "Cilium removes other plugins' confs unless its Helm value cni.exclusive=false"),
+    ("azure", "AKS reconciles its conf and does not support chaining into it"),
+    (
+        "calico",
+        "calico-node writes it anew when it starts; ISTIO_OWNED_CNI_CONFIG=true keeps a copy of our own",
+    ),
+    ("multus", "Multus writes its conf anew; name the file it delegates to with CNI_CONF_NAME"),
+    ("", "find out who writes it; ISTIO_OWNED_CNI_CONFIG=true keeps our entry in a file of our own"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +61,34 @@ class Callbacks:
 
     result: Callable[[str], None] = field(default=lambda result: None)  # label of istio_cni_installs_total
     changed: Callable[[InstallStatus], None] = field(default=lambda status: None)
-    fight: Callable[[str, str], None] = field(default=lambda path, hint: None)
+    fight: Callable[[str, str], None] = field(default=lambda path, hint: None)  # path of the conf, what to do
 
 
 class Installer:
-    """`run()` installs and watches until cancelled; `uninstall()` takes everything away again."""
+    """`run()` installs and watches until cancelled; `uninstall()` takes everything away again.
+
+    Raises SettingError at once when a conf name can never work.
+    """
 
     def __init__(self, config: InstallConfig, callbacks: Callbacks | None = None) -> None:
         self.config = config
         self.callbacks = callbacks or Callbacks()
         self.status = InstallStatus()
         self.installed = asyncio.Event()  # set once everything was in place for the first time
+        self._installation = Installation(config)
+        self._wake = asyncio.Event()
+        self._watch = DirectoryWatch(self._changed)
+        self._matters: dict[str, Callable[[str], bool]] = {  # by directory, for names of files in it; absent: all do
+            config.conf_dir: lambda name: conf.suffix(name) in conf.SUFFIXES or name == config.conf_name,
+            config.run_dir: lambda name: name in (istio.KUBECONFIG_NAME, istio.UNINSTALLED_MARKER_NAME),
+        }
+        self._unwatched: dict[str, str] = {}  # directory -> why it cannot be watched
+        self._retry_seconds = FIRST_RETRY_SECONDS
+        self._last_look = self._last_fight_warning = float("-inf")
 
     @property
     def ready(self) -> bool:
-        """Whether everything is in place."""
+        """Whether everything was in place at the last look."""
         return self.status.ready
 
     @property
@@ -81,8 +98,113 @@ class Installer:
 
     async def run(self) -> None:
         """Install, then keep installed; ends only by cancellation."""
-        await asyncio.get_running_loop().create_future()
+        try:
+            while True:
+                failed = self._watch_directories()  # before the look, so that no change falls in between
+                self._wake.clear()
+                outcome = await asyncio.to_thread(self._installation.look_and_repair)
+                self._last_look = time.monotonic()
+                self._note_unwatched(self._watch_directories() if failed else failed)
+                self._publish(outcome)
+                await self._wait_for_work(outcome)
+        finally:
+            self._watch.close()
 
-    async def uninstall(self) -> tuple[str, ...]:
-        """Take conf entry, kubeconfig and (as configured) binary away; returns what was done, as sentences."""
-        return ()
+    async def uninstall(self, *, purge: bool = False) -> tuple[str, ...]:
+        """Take conf entry, kubeconfig and (`purge`, or as configured) the binary away; `run` must have ended.
+
+        Returns what was done, as sentences. Raises InstallError.
+        """
+        done = await asyncio.to_thread(self._installation.take_away, purge=purge)
+        self._set_status(replace(self.status, ready=False, reasons=("uninstalled",), conf_path=""))
+        return done
+
+    # --- waiting for work ---------------------------------------------------------------------------------------------
+
+    async def _wait_for_work(self, outcome: Outcome) -> None:
+        if outcome.held_back_seconds:
+            await asyncio.sleep(outcome.held_back_seconds)  # whatever happens meanwhile: two writers must not race
+            return
+        try:
+            async with asyncio.timeout(self._seconds_until_next_look(outcome)):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+        busy = time.monotonic() - self._last_look < BUSY_QUIET_SECONDS
+        await asyncio.sleep(BUSY_QUIET_SECONDS if busy else QUIET_SECONDS)
+
+    def _seconds_until_next_look(self, outcome: Outcome) -> float:
+        seconds = self.config.resync_seconds * random.uniform(1 - JITTER, 1 + JITTER)
+        if self._unwatched:
+            seconds = min(seconds, POLL_SECONDS)
+        if outcome.failures:
+            seconds = min(seconds, self._retry_seconds)
+            self._retry_seconds = min(self._retry_seconds * 2, MAX_RETRY_SECONDS)
+        else:
+            self._retry_seconds = FIRST_RETRY_SECONDS
+        return seconds
+
+    def _watch_directories(self) -> dict[str, str]:
+        """Watch what is not watched yet; returns which directories cannot be, and why."""
+        config = self.config
+        directories = [config.conf_dir, *config.binary_target_dirs, config.run_dir, config.service_account_dir]
+        if config.kube_ca_file:
+            directories.append(os.path.dirname(config.kube_ca_file) or ".")
+        return {path: str(error) for path, error in self._watch.ensure(list(dict.fromkeys(directories))).items()}
+
+    def _note_unwatched(self, failed: dict[str, str]) -> None:
+        """What cannot be watched is looked at every few seconds instead."""
+        for path in sorted(failed.keys() - self._unwatched.keys()):
+            log.warning("cannot watch %s (%s): looking every %g s instead", path, failed[path], POLL_SECONDS)
+        for path in sorted(self._unwatched.keys() - failed.keys()):
+            log.info("watching %s", path)
+        self._unwatched = failed
+
+    def _changed(self, directory: str, name: str) -> None:
+        """Wake up for files that matter to us; a plugin's log in the run dir, for one, does not."""
+        matters = self._matters.get(directory)
+        if TEMP_MARK not in name and (not name or matters is None or matters(name)):
+            self._wake.set()
+
+    # --- telling ------------------------------------------------------------------------------------------------------
+
+    def _publish(self, outcome: Outcome) -> None:
+        for sentence in outcome.wrote:
+            log.info("%s", sentence)
+        for failure in outcome.failures:
+            self.callbacks.result(failure.result)
+        ready = not outcome.reasons
+        if ready and (outcome.wrote or not self.status.ready):
+            self.callbacks.result(SUCCESS)
+        before = self.status
+        for text in (*outcome.reasons, *outcome.notes):
+            if text not in (*before.reasons, *before.notes):
+                log.warning("%s", text)
+        if ready and not before.ready:
+            log.info("installed: %s calls %s", outcome.conf_path, istio.PLUGIN_NAME)
+        self._set_status(
+            InstallStatus(
+                ready=ready,
+                reasons=outcome.reasons,
+                notes=outcome.notes,
+                conf_path=outcome.conf_path,
+                installs=before.installs + bool(outcome.wrote),
+                conf_fights=before.conf_fights + outcome.repaired,
+            )
+        )
+        if outcome.held_back_seconds:
+            self._warn_of_fight(outcome.conf_path)
+        if ready:
+            self.installed.set()
+
+    def _warn_of_fight(self, path: str) -> None:
+        if self._last_look - self._last_fight_warning < FIGHT_WARNING_SECONDS:
+            return
+        self._last_fight_warning = self._last_look
+        hint = next(text for part, text in FIGHT_HINTS if part in os.path.basename(path).lower())
+        self.callbacks.fight(path, hint)
+
+    def _set_status(self, status: InstallStatus) -> None:
+        if status != self.status:
+            self.status = status
+            self.callbacks.changed(status)

@@ -204,6 +204,8 @@ def go_json(
             return go_string(value)
         case Number():
             return go_number(value.token)
+        case float():
+            return go_number(repr(value))
         case None | bool() | int() | dict() | list() | tuple():
             return json.dumps(value)
         case _:

@@ -1,0 +1,382 @@
+"""What the agent puts on the host: the plugin's binary, the kubeconfig, the conf entry. One look and repair, blocking.
+
+The steps are independent where they can be: a token that cannot be read must not keep a conf from being repaired. Only
+a host without the binary gets no conf entry, because the runtime could start no pod any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from meshcni import istio
+from meshcni.cni import conf
+from meshcni.cni.confplan import Assessment, Change, ConfDir, ConfPolicy, assess, removal
+from meshcni.cni.kubeconfig import RESULT as KUBECONFIG_FAILURE
+from meshcni.cni.kubeconfig import kubeconfig, server_url
+from meshcni.errors import InstallError, MeshCniError
+from meshcni.host import files
+from meshcni.host.files import FileChangedError, FileState
+
+# Labels of istio_cni_installs_total: cni/pkg/monitoring
+SUCCESS = "SUCCESS"
+BINARIES_FAILURE = "COPY_BINARIES_FAILURE"
+CONF_FAILURE = "CREATE_CNI_CONFIG_FAILURE"
+
+MAX_CONF_BYTES = 1 << 20
+RUN_DIR_MODE = 0o750  # pkg/uds of the original, for a run dir that does not exist
+BACKUP_DIR_NAME = "converted"  # in the run dir: single networks as they were before they became lists
+RACES = 5  # times in a row that somebody else may write between our look and our rename
+# A conf that stayed as we wrote it for this long is repaired at once, whatever comes; one that somebody undoes sooner is
+# repaired once more at once and then this many times a second, so that two writers do not chase each other.
+LASTING_SECONDS = 0.25
+REPAIRS_PER_SECOND = 0.75
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstallConfig:
+    """Every directory and value of the installer; agent/wiring.py builds it, tests give their own."""
+
+    entry: conf.EntryConfig
+    conf_dir: str = istio.HOST_CONF_DIR
+    conf_name: str = ""  # the operator's; empty: the first valid file, or the default name when standalone
+    chained: bool = True
+    owned: bool = False
+    owned_name: str = ""  # empty: istio.OWNED_CONF_NAME
+    original_conversion: bool = False  # CNI_CONF_ORIGINAL_CONVERSION
+    conf_group_read: bool = False
+    binary_source_dir: str = istio.BINARY_SOURCE_DIR
+    binary_target_dirs: tuple[str, ...] = (istio.HOST_BINARY_DIR,)
+    run_dir: str = istio.RUN_DIR
+    kubeconfig_mode: int = 0o600
+    kube_ca_file: str = ""  # empty: ca.crt of the service account
+    skip_tls_verify: bool = False
+    service_account_dir: str = istio.SERVICE_ACCOUNT_DIR
+    api_protocol: str = "https"  # KUBERNETES_SERVICE_PROTOCOL
+    api_host: str = ""  # KUBERNETES_SERVICE_HOST
+    api_port: str = ""  # KUBERNETES_SERVICE_PORT
+    uninstall_removes_binary: bool = False  # UNINSTALL_REMOVES_BINARY
+    resync_seconds: float = 60.0
+
+    @property
+    def kubeconfig_path(self) -> str:
+        """Where the kubeconfig is."""
+        return os.path.join(self.run_dir, istio.KUBECONFIG_NAME)
+
+    @property
+    def marker_path(self) -> str:
+        """The file that lets ADDs pass when no agent answers."""
+        return os.path.join(self.run_dir, istio.UNINSTALLED_MARKER_NAME)
+
+    @property
+    def ca_path(self) -> str:
+        """The CA that goes into the kubeconfig."""
+        return self.kube_ca_file or os.path.join(self.service_account_dir, "ca.crt")
+
+    def policy(self) -> ConfPolicy:
+        """What is wanted of the conf directory. Raises SettingError for a name that can never work."""
+        return ConfPolicy(
+            own=conf.entry(self.entry),
+            conf_name=self.conf_name,
+            chained=self.chained,
+            owned=self.owned,
+            owned_name=self.owned_name or istio.OWNED_CONF_NAME,
+            original_conversion=self.original_conversion,
+        )
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one look at the host found and did."""
+
+    failures: list[InstallError] = field(default_factory=list)
+    waiting: str = ""  # why the conf is not in place through no failure of ours
+    notes: tuple[str, ...] = ()
+    conf_path: str = ""
+    wrote: list[str] = field(default_factory=list)  # what was put in place, as sentences
+    repaired: bool = False  # the conf had been in place, and somebody changed it
+    held_back_seconds: float = 0.0  # a repair of the conf waits that long because there were too many
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why not everything is in place; empty when it is."""
+        return (*(str(failure) for failure in self.failures), *filter(None, (self.waiting,)))
+
+
+class Installation:
+    """The files of one `InstallConfig` on this host. Methods block and may be called from any thread."""
+
+    def __init__(self, config: InstallConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.policy = config.policy()
+        self._clock = clock
+        self._one_at_a_time = threading.Lock()
+        self._was_in_place = False
+        self._repairs = 1.0  # the allowance for hasty ones, at most one
+        self._repairs_counted_at = clock()
+        self._applied_at = float("-inf")
+        self._binaries_seen: dict[str, tuple[object, ...]] = {}
+
+    def look_and_repair(self) -> Outcome:
+        """Put in place what is missing or different; raises nothing that the host's files can cause."""
+        with self._one_at_a_time:
+            outcome = Outcome()
+            for step in (self._place_binaries, self._place_kubeconfig, self._place_conf):
+                try:
+                    step(outcome)
+                except InstallError as error:
+                    outcome.failures.append(error)
+            return outcome
+
+    # --- binary and kubeconfig ----------------------------------------------------------------------------------------
+
+    def _place_binaries(self, outcome: Outcome) -> None:
+        source_dir = self.config.binary_source_dir
+        with _failing_as(BINARIES_FAILURE, "copy binaries"):
+            names = sorted(entry.name for entry in os.scandir(source_dir) if entry.is_file())
+            for name in names:
+                for target_dir in self.config.binary_target_dirs:
+                    source, target = os.path.join(source_dir, name), os.path.join(target_dir, name)
+                    if self._binaries_seen.get(target) == (seen := _identity(source, target)):
+                        continue  # neither has been touched since they were compared
+                    if files.copy_by_rename(source, target):
+                        outcome.wrote.append(f"copied {source} to {target}")
+                        seen = _identity(source, target)
+                    self._binaries_seen[target] = seen
+
+    def _place_kubeconfig(self, outcome: Outcome) -> None:
+        config, path = self.config, self.config.kubeconfig_path
+        server = server_url(config.api_protocol, config.api_host, config.api_port)
+        with _failing_as(KUBECONFIG_FAILURE, "write kubeconfig"):
+            token = files.read(os.path.join(config.service_account_dir, "token"))[0].decode()
+            ca = None if config.skip_tls_verify else files.read(config.ca_path)[0]
+            wanted = kubeconfig(server, token, ca).encode()
+            os.makedirs(config.run_dir, RUN_DIR_MODE, exist_ok=True)
+            files.remove_stale_temps(path)
+            if not _holds(path, wanted, config.kubeconfig_mode):
+                files.write_atomically(path, wanted, mode=config.kubeconfig_mode)
+                outcome.wrote.append(f"wrote {path}")
+
+    # --- conf ---------------------------------------------------------------------------------------------------------
+
+    def _place_conf(self, outcome: Outcome) -> None:
+        missing = [one for one in self.config.binary_target_dirs if not _is_executable(one, istio.PLUGIN_NAME)]
+        if missing:
+            outcome.waiting = f"no plugin in {', '.join(missing)}, so the conf is not touched"
+            return
+        with _failing_as(CONF_FAILURE, "write CNI config"):
+            os.makedirs(self.config.run_dir, RUN_DIR_MODE, exist_ok=True)
+            files.remove(self.config.marker_path)
+            for _ in range(RACES):
+                directory, _states = self._read_conf_dir()
+                found = assess(directory, self.policy)
+                if found.reason or not found.changes:
+                    break
+                if self._was_in_place and not self._may_repair(outcome):
+                    outcome.waiting = f"{found.target} was changed again by somebody else; it is repaired shortly"
+                    break
+                self._apply_anew(outcome)
+            else:
+                outcome.waiting = f"{found.target} is changed by somebody else each time we write it"
+        outcome.notes = found.notes + self._missing_neighbours(directory, found.target)
+        if found.target:
+            outcome.conf_path = os.path.join(self.config.conf_dir, found.target)
+        outcome.waiting = outcome.waiting or found.reason
+        self._was_in_place |= not outcome.waiting
+
+    def _may_repair(self, outcome: Outcome) -> bool:
+        """Whether to repair now: our last write lasted, or the allowance has one left. Else say how long to wait."""
+        now = self._clock()
+        earned = (now - self._repairs_counted_at) * REPAIRS_PER_SECOND
+        self._repairs, self._repairs_counted_at = min(1.0, self._repairs + earned), now
+        if now - self._applied_at < LASTING_SECONDS:
+            if self._repairs < 1:
+                outcome.held_back_seconds = (1 - self._repairs) / REPAIRS_PER_SECOND
+                return False
+            self._repairs -= 1
+        outcome.repaired = True
+        return True
+
+    def _apply_anew(self, outcome: Outcome) -> None:
+        """Decide again under the lock and carry it out; nothing happens when somebody writes meanwhile."""
+        with files.locked(self.config.conf_dir):
+            directory, states = self._read_conf_dir()
+            found = assess(directory, self.policy)
+            with contextlib.suppress(FileChangedError):
+                if found.converted:
+                    self._keep_backup(found.converted, directory.files[found.converted])
+                self._apply(found, states, outcome.wrote)
+            self._applied_at = self._clock()
+
+    def _apply(self, found: Assessment, states: Mapping[str, FileState], done: list[str]) -> None:
+        """Carry out the changes in their order; adds to `done` what was done, also when a later one fails."""
+        for change in found.changes:
+            like = change.name if change.name in states else found.converted
+            done.append(self._change(change, states, like))
+
+    def _change(self, change: Change, states: Mapping[str, FileState], like: str) -> str:
+        """`like` is the file whose mode and owner a written file gets."""
+        path = os.path.join(self.config.conf_dir, change.name)
+        expected = states.get(change.name, files.ABSENT)
+        if change.data is None:
+            files.remove(path, expected=expected)
+            return f"removed {path}"
+        files.remove_stale_temps(path)
+        own_file = (self.policy.uses_owned and change.name == self.policy.owned_name) or not self.policy.chained
+        mode = (0o640 if self.config.conf_group_read else 0o600) if own_file else None
+        model = os.path.join(self.config.conf_dir, like) if like else None
+        files.write_atomically(path, change.data, mode=mode, like=model, expected=expected)
+        return f"wrote {path}"
+
+    def _read_conf_dir(self) -> tuple[ConfDir, dict[str, FileState]]:
+        """The directory for the decision, and the state of each file read; a missing directory is an empty one."""
+        found: dict[str, bytes] = {}
+        states: dict[str, FileState] = {}
+        unreadable: dict[str, str] = {}
+        folders: set[str] = set()
+        for entry in _entries(self.config.conf_dir):
+            if entry.is_dir(follow_symlinks=False):
+                if any(conf.suffix(inner.name) == ".conf" for inner in _entries(entry.path)):
+                    folders.add(entry.name)
+            elif conf.suffix(entry.name) in conf.SUFFIXES or entry.name == self.config.conf_name:
+                try:
+                    found[entry.name], states[entry.name] = files.read(entry.path, MAX_CONF_BYTES)
+                except FileNotFoundError:
+                    continue  # removed since the directory was listed
+                except OSError as error:
+                    unreadable[entry.name] = error.strerror or str(error)
+        return ConfDir(self.config.conf_dir, found, unreadable, frozenset(folders)), states
+
+    def _missing_neighbours(self, directory: ConfDir, target: str) -> tuple[str, ...]:
+        """A hint when the plugins that the conf names are not where we put ours: the runtime may look elsewhere."""
+        data = directory.files.get(target)
+        if data is None or not self.policy.chained:
+            return ()
+        types = {str(plugin.get("type")) for plugin in conf.foreign_part(conf.as_list(target, data))["plugins"]}
+        dirs = self.config.binary_target_dirs
+        missing = sorted(one for one in types if not any(os.path.exists(os.path.join(base, one)) for base in dirs))
+        if not missing or not os.path.isdir(dirs[0]):
+            return ()
+        return (
+            f"{target} names {', '.join(missing)}, not found in {', '.join(dirs)}: "
+            "the runtime may use another directory for plugins (chart values global.platform, cniBinDir)",
+        )
+
+    # --- backups of converted files -----------------------------------------------------------------------------------
+
+    def _keep_backup(self, name: str, data: bytes) -> None:
+        folder = os.path.join(self.config.run_dir, BACKUP_DIR_NAME)
+        os.makedirs(folder, 0o700, exist_ok=True)
+        files.write_atomically(os.path.join(folder, name), data, mode=0o600)
+
+    def _backups(self) -> dict[str, bytes]:
+        folder = os.path.join(self.config.run_dir, BACKUP_DIR_NAME)
+        names = [entry.name for entry in _entries(folder) if conf.suffix(entry.name) in conf.SINGLE_SUFFIXES]
+        return {name: files.read(os.path.join(folder, name), MAX_CONF_BYTES)[0] for name in names}
+
+    # --- taking away --------------------------------------------------------------------------------------------------
+
+    def take_away(self, *, purge: bool = False) -> tuple[str, ...]:
+        """Take out the conf entry, then the kubeconfig, then leave the marker or (`purge`, or as configured) no binary.
+
+        Returns what was done, as sentences. Raises InstallError; what comes after the failed part is left in place.
+        """
+        with self._one_at_a_time:
+            done = self._take_out_conf_entry()
+            self._was_in_place = False
+            config = self.config
+            with _failing_as(KUBECONFIG_FAILURE, "remove kubeconfig"):
+                if files.remove(config.kubeconfig_path):
+                    done.append(f"removed {config.kubeconfig_path}")
+                for entry in _entries(folder := os.path.join(config.run_dir, BACKUP_DIR_NAME)):
+                    files.remove(entry.path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.rmdir(folder)
+            with _failing_as(BINARIES_FAILURE, "remove binaries"):
+                if purge or config.uninstall_removes_binary:
+                    done += self._remove_binary()
+                elif done or os.path.isdir(config.run_dir):
+                    os.makedirs(config.run_dir, RUN_DIR_MODE, exist_ok=True)
+                    files.write_atomically(config.marker_path, MARKER_TEXT, mode=0o644)
+                    done.append(f"left the plugin to let pods pass, marked by {config.marker_path}")
+            return tuple(done)
+
+    def _take_out_conf_entry(self) -> list[str]:
+        if not os.path.isdir(self.config.conf_dir):
+            return []
+        done: list[str] = []
+        with _failing_as(CONF_FAILURE, "clean up CNI config"), files.locked(self.config.conf_dir):
+            for _ in range(RACES):
+                directory, states = self._read_conf_dir()
+                found = removal(directory, self.policy, self._backups())
+                with contextlib.suppress(FileChangedError):
+                    self._apply(found, states, done)
+                    return [*done, *found.notes]
+            raise FileChangedError(f"{self.config.conf_dir} is changed by somebody else each time we write it")
+
+    def _remove_binary(self) -> list[str]:
+        paths = [os.path.join(base, istio.PLUGIN_NAME) for base in self.config.binary_target_dirs]
+        for path in paths:
+            files.remove_stale_temps(path)
+        with contextlib.suppress(FileNotFoundError):
+            files.remove(self.config.marker_path)
+        self._binaries_seen.clear()
+        return [f"removed {path}" for path in paths if files.remove(path)]
+
+
+MARKER_TEXT = (
+    b"The istio-cni node agent was uninstalled.\n"
+    b"While this file is here and no agent answers, the plugin lets pods pass.\n"
+)
+
+
+@contextlib.contextmanager
+def _failing_as(result: str, action: str) -> Iterator[None]:
+    """Turn whatever the host's files can cause into the InstallError of a step."""
+    try:
+        yield
+    except InstallError:
+        raise
+    except MeshCniError as error:
+        raise InstallError(result, f"{action}: {error.message}", error.hint) from error
+    except OSError as error:
+        raise InstallError(result, f"{action}: {error}", files.hint(error)) from error
+    except UnicodeDecodeError as error:
+        raise InstallError(result, f"{action}: the token is no text: {error}") from error
+
+
+def _identity(*paths: str) -> tuple[object, ...]:
+    """What changes when one of the files is replaced, written or chmod-ed; None for one that is not there."""
+    facts: list[object] = []
+    for path in paths:
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            facts.append(None)
+        else:
+            facts.append((found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+    return tuple(facts)
+
+
+def _holds(path: str, wanted: bytes, mode: int) -> bool:
+    try:
+        return files.read(path)[0] == wanted and os.stat(path).st_mode & 0o7777 == mode
+    except FileNotFoundError:
+        return False
+
+
+def _is_executable(directory: str, name: str) -> bool:
+    return os.access(os.path.join(directory, name), os.X_OK)
+
+
+def _entries(directory: str) -> list[os.DirEntry[str]]:
+    """The entries of a directory by name; none when it does not exist."""
+    try:
+        with os.scandir(directory) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return []
