@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from lab.agent import AGENT_NAMESPACE, Agent
 from lab.api import api_server_in
+from lab.apiserver import ApiServer
 from lab.containerd import Containerd
 from lab.cri import CriError, Sandbox
 from lab.envoy import Envoy, Mode
@@ -21,6 +22,7 @@ from lab.traffic import EchoServers
 from meshcni import istio
 
 APP_PORT = 8080
+PODS_PATH = "/api/v1/pods"
 KNOWN_SECONDS = 10.0
 RETRY_SECONDS = 0.2  # between two attempts to start a sandbox, as a kubelet would
 
@@ -86,6 +88,20 @@ class Mesh:
         """Return when the agent's informer holds as many pods as the API server has."""
         count = self.api.do(lambda server: len(server.cluster.objects("pods")))
         wait_until("the agent knows all pods", lambda: self.agent.known_pods() == count, KNOWN_SECONDS)
+
+    def stop_watch_events(self) -> None:
+        """Make the agent's pod watch half-open: what changes from now on does not reach the agent."""
+
+        def freeze(server: ApiServer) -> bool:
+            watching = [watch for watch in server.watches if watch.path == PODS_PATH and not watch.frozen]
+            server.freeze_watches(PODS_PATH)
+            return bool(watching)
+
+        wait_until("the agent watches pods", lambda: self.api.do(freeze), KNOWN_SECONDS)
+
+    def resume_watch_events(self) -> None:
+        """Break the half-open watch, so that the agent makes a new one."""
+        self.api.do(lambda server: server.cut_watches(PODS_PATH))
 
     def start_pod(self, pod: Mapping[str, Any], *, in_api: bool = True, retry_seconds: float = 0.0) -> RunningPod:
         """Start the sandbox of `pod`, and serve its application port; its proxy, if any, is not started.
@@ -161,7 +177,7 @@ def legacy_tables_loaded(node: Node, netns: str) -> bool:
     return bool(node.run(["sh", "-c", "cat /proc/net/ip_tables_names 2>/dev/null || true"], netns=netns).strip())
 
 
-def forget_pod(server: Any, pod: RunningPod) -> None:  # noqa: ANN401  (an ApiServer)
+def forget_pod(server: ApiServer, pod: RunningPod) -> None:
     """Delete a pod in the API server, if it is there."""
     keys = {(known["metadata"]["namespace"], known["metadata"]["name"]) for known in server.cluster.objects("pods")}
     if (pod.sandbox.namespace, pod.name) in keys:

@@ -14,7 +14,7 @@ from meshcni import istio
 
 ANSWER_SECONDS = 60.0
 IFNAME = "eth0"
-NODE_END = "lab0"
+OTHER_END = "lab0"  # of the veth pair, in the same netns: nothing arrives from elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,8 @@ class PodNetns:
 
     def __enter__(self) -> PodNetns:
         commands = [f"netns add {self.name}", f"-n {self.name} link set lo up"]
-        commands += [f"-n {self.name} link add {IFNAME} type dummy", f"-n {self.name} link set {IFNAME} up"]
+        commands += [f"-n {self.name} link add {IFNAME} type veth peer name {OTHER_END}"]
+        commands += [f"-n {self.name} link set {name} up" for name in (IFNAME, OTHER_END)]
         commands += [f"-n {self.name} addr add {address} dev {IFNAME}" for address in self.addresses]
         script = "\n".join(f"ip {command}{' nodad' if '::' in command else ''}" for command in commands)
         self.node.run(["sh", "-ec", script])

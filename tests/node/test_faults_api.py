@@ -35,13 +35,13 @@ FAULTS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def unknown_pod(mesh: Mesh, agent: Agent) -> Iterator[dict[str, Any]]:
     """A sidecar pod that the API server has and the agent's informer does not, so that the agent has to ask."""
-    mesh.api.do(lambda server: server.freeze_watches())
+    mesh.stop_watch_events()
     pod = sidecar_pod("shop", f"asked-{next(numbers)}")
     mesh.add_object(pod)
     yield pod
     mesh.api.do(lambda server: server.clear_faults())
     mesh.api.do(lambda server: server.delete_pod("shop", pod["metadata"]["name"]))
-    mesh.api.do(lambda server: server.cut_watches())
+    mesh.resume_watch_events()
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_a_file_that_is_no_netns_is_refused(mesh: Mesh, agent: Agent, netns: Pod
 
 
 def test_a_netns_that_vanishes_during_the_add_harms_nobody(mesh: Mesh, agent: Agent, netns: PodNetns) -> None:
-    mesh.api.do(lambda server: server.freeze_watches())
+    mesh.stop_watch_events()
     pod = sidecar_pod("shop", f"vanishing-{next(numbers)}")
     mesh.add_object(pod)
     path = f"/api/v1/namespaces/shop/pods/{pod['metadata']['name']}"
@@ -108,4 +108,4 @@ def test_a_netns_that_vanishes_during_the_add_harms_nobody(mesh: Mesh, agent: Ag
     assert call(agent, "DEL", pod, netns).status == 0
     assert agent.is_ready()
     mesh.api.do(lambda server: server.delete_pod("shop", pod["metadata"]["name"]))
-    mesh.api.do(lambda server: server.cut_watches())
+    mesh.resume_watch_events()
