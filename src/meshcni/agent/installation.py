@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 
 from meshcni import istio
 from meshcni.cni import conf
-from meshcni.cni.confplan import Assessment, Change, ConfDir, ConfPolicy, assess, removal
+from meshcni.cni.confplan import Assessment, ConfDir, ConfPolicy, assess, removal
 from meshcni.cni.kubeconfig import RESULT as KUBECONFIG_FAILURE
 from meshcni.cni.kubeconfig import kubeconfig, server_url
 from meshcni.errors import InstallError, MeshCniError
 from meshcni.host import files
+from meshcni.host.confdir import MAX_CONF_BYTES, carry_out, entries, read_conf_dir
 from meshcni.host.files import FileChangedError, FileState
 
 # Labels of istio_cni_installs_total: cni/pkg/monitoring
@@ -27,11 +28,10 @@ SUCCESS = "SUCCESS"
 BINARIES_FAILURE = "COPY_BINARIES_FAILURE"
 CONF_FAILURE = "CREATE_CNI_CONFIG_FAILURE"
 
-MAX_CONF_BYTES = 1 << 20
 RUN_DIR_MODE = 0o750  # pkg/uds of the original, for a run dir that does not exist
 BACKUP_DIR_NAME = "converted"  # in the run dir: single networks as they were before they became lists
 RACES = 5  # times in a row that somebody else may write between our look and our rename
-# A conf that stayed as we wrote it for this long is repaired at once, whatever comes; one that somebody undoes sooner is
+# A conf that stayed as we wrote it for this long is repaired at once, whatever comes; one that is undone sooner is
 # repaired once more at once and then this many times a second, so that two writers do not chase each other.
 LASTING_SECONDS = 0.25
 REPAIRS_PER_SECOND = 0.75
@@ -215,41 +215,12 @@ class Installation:
     def _apply(self, found: Assessment, states: Mapping[str, FileState], done: list[str]) -> None:
         """Carry out the changes in their order; adds to `done` what was done, also when a later one fails."""
         for change in found.changes:
-            like = change.name if change.name in states else found.converted
-            done.append(self._change(change, states, like))
-
-    def _change(self, change: Change, states: Mapping[str, FileState], like: str) -> str:
-        """`like` is the file whose mode and owner a written file gets."""
-        path = os.path.join(self.config.conf_dir, change.name)
-        expected = states.get(change.name, files.ABSENT)
-        if change.data is None:
-            files.remove(path, expected=expected)
-            return f"removed {path}"
-        files.remove_stale_temps(path)
-        own_file = (self.policy.uses_owned and change.name == self.policy.owned_name) or not self.policy.chained
-        mode = (0o640 if self.config.conf_group_read else 0o600) if own_file else None
-        model = os.path.join(self.config.conf_dir, like) if like else None
-        files.write_atomically(path, change.data, mode=mode, like=model, expected=expected)
-        return f"wrote {path}"
+            own_file = not self.policy.chained or (self.policy.uses_owned and change.name == self.policy.owned_name)
+            mode = (0o640 if self.config.conf_group_read else 0o600) if own_file else None
+            done.append(carry_out(self.config.conf_dir, change, states, mode=mode, like=found.converted))
 
     def _read_conf_dir(self) -> tuple[ConfDir, dict[str, FileState]]:
-        """The directory for the decision, and the state of each file read; a missing directory is an empty one."""
-        found: dict[str, bytes] = {}
-        states: dict[str, FileState] = {}
-        unreadable: dict[str, str] = {}
-        folders: set[str] = set()
-        for entry in _entries(self.config.conf_dir):
-            if entry.is_dir(follow_symlinks=False):
-                if any(conf.suffix(inner.name) == ".conf" for inner in _entries(entry.path)):
-                    folders.add(entry.name)
-            elif conf.suffix(entry.name) in conf.SUFFIXES or entry.name == self.config.conf_name:
-                try:
-                    found[entry.name], states[entry.name] = files.read(entry.path, MAX_CONF_BYTES)
-                except FileNotFoundError:
-                    continue  # removed since the directory was listed
-                except OSError as error:
-                    unreadable[entry.name] = error.strerror or str(error)
-        return ConfDir(self.config.conf_dir, found, unreadable, frozenset(folders)), states
+        return read_conf_dir(self.config.conf_dir, self.config.conf_name)
 
     def _missing_neighbours(self, directory: ConfDir, target: str) -> tuple[str, ...]:
         """A hint when the plugins that the conf names are not where we put ours: the runtime may look elsewhere."""
@@ -275,7 +246,7 @@ class Installation:
 
     def _backups(self) -> dict[str, bytes]:
         folder = os.path.join(self.config.run_dir, BACKUP_DIR_NAME)
-        names = [entry.name for entry in _entries(folder) if conf.suffix(entry.name) in conf.SINGLE_SUFFIXES]
+        names = [entry.name for entry in entries(folder) if conf.suffix(entry.name) in conf.SINGLE_SUFFIXES]
         return {name: files.read(os.path.join(folder, name), MAX_CONF_BYTES)[0] for name in names}
 
     # --- taking away --------------------------------------------------------------------------------------------------
@@ -292,7 +263,7 @@ class Installation:
             with _failing_as(KUBECONFIG_FAILURE, "remove kubeconfig"):
                 if files.remove(config.kubeconfig_path):
                     done.append(f"removed {config.kubeconfig_path}")
-                for entry in _entries(folder := os.path.join(config.run_dir, BACKUP_DIR_NAME)):
+                for entry in entries(folder := os.path.join(config.run_dir, BACKUP_DIR_NAME)):
                     files.remove(entry.path)
                 with contextlib.suppress(FileNotFoundError):
                     os.rmdir(folder)
@@ -371,12 +342,3 @@ def _holds(path: str, wanted: bytes, mode: int) -> bool:
 
 def _is_executable(directory: str, name: str) -> bool:
     return os.access(os.path.join(directory, name), os.X_OK)
-
-
-def _entries(directory: str) -> list[os.DirEntry[str]]:
-    """The entries of a directory by name; none when it does not exist."""
-    try:
-        with os.scandir(directory) as found:
-            return sorted(found, key=lambda entry: entry.name)
-    except FileNotFoundError:
-        return []
