@@ -18,6 +18,7 @@ from rich.console import Console
 
 from lab import objects
 from lab.agent import EXCLUDED_NAMESPACE, AgentOptions
+from lab.clean import leftovers
 from lab.containerd import GATEWAY_V4, GATEWAY_V6
 from lab.cri import CriError
 from lab.demopage import Traffic, show_page
@@ -136,7 +137,7 @@ def in_words(traffic: Traffic) -> str:
     """Say what Envoy got."""
     if traffic.captured is None:
         return "no proxy, traffic goes straight through"
-    return f"Envoy got {traffic.captured.inbound} connections in, {traffic.captured.outbound} out"
+    return f"connections that Envoy got: {traffic.captured.inbound} in, {traffic.captured.outbound} out"
 
 
 def stop_by_signal(number: int, _frame: object) -> NoReturn:
@@ -165,8 +166,11 @@ def main(arguments: list[str] | None = None) -> int:
                 demo.run()
             finally:
                 with steps.step("Clear everything away") as step:
+                    name = mesh.node.name
                     mesh.close()
-                    step.note = "no process, netns, mount, cgroup or file is left"
+                    if name in leftovers():
+                        raise LabError(f"something of {name} is left; python -m lab.clean removes it")
+                    step.note = "its processes, netns, mounts, cgroups and files are gone"
     except KeyboardInterrupt:
         console.print("Interrupted; everything is cleared away.")
         return EXIT_INTERRUPTED

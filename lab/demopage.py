@@ -111,11 +111,16 @@ def rules_panel(case: PodCase, backend: Backend) -> Panel:
     derived = case.assessment.derived
     assert derived is not None, f"{case.name} is a sidecar pod"
     ruleset = sidecar_ruleset(derived.interception, frozenset(Family), backend)
-    text = Text("\n".join(narrate.words(ruleset)))
-    text.highlight_regex(r"(?m)^(nat|mangle|raw|filter) .*$", "bold")
-    text.highlight_regex(r"\(.*\)$", "dim")
-    text.highlight_regex(r"(?m)\([^\n]*\)$", "dim")
-    return Panel(text, title=f"The rules of pod {case.name} ({backend.value})", title_align="left", box=box.ROUNDED)
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right", style="dim", width=3)
+    table.add_column(ratio=1)
+    for line in narrate.words(ruleset):
+        number, dot, words = line.strip().partition(". ")
+        if dot and number.isdigit():
+            table.add_row(number, Text(words))
+        else:
+            table.add_row("", Text(line, style="" if line.startswith(" ") else "bold"))
+    return Panel(table, title=f"The rules of pod {case.name} ({backend.value})", title_align="left", box=box.ROUNDED)
 
 
 def next_table() -> Padding:
