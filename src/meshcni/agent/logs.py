@@ -137,7 +137,7 @@ class LineFormatter(logging.Formatter):
             }
             document = {key: value for key, value in known.items() if value}
             document |= {key: value for key, value in values.items() if key not in JSON_KEYS}
-            return json.dumps(document, ensure_ascii=False, default=str)
+            return json.dumps(document, default=str)
         parts = [time, level, "" if scope == DEFAULT else scope, caller, printable(message)]
         parts.append(" ".join(f"{key}={printable(str(value))}" for key, value in values.items()))
         line = "\t".join(part for part in parts if part)

@@ -139,7 +139,7 @@ METRICS: tuple[Metric, ...] = tuple(value for value in tuple(globals().values())
 class Metrics:
     """Counts. One instance for each process; only the event loop's thread writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, of_process: bool = True) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
         of = {kind: [metric for metric in METRICS if metric.type is kind] for kind in Type}
@@ -148,7 +148,8 @@ class Metrics:
         self._histograms = {
             m: Histogram(m.name, m.meaning, m.labels, registry=registry, buckets=m.buckets) for m in of[Type.HISTOGRAM]
         }
-        ProcessCollector(registry=registry)
+        if of_process:
+            ProcessCollector(registry=registry)
         self.set(BUILD, 1, version=__version__, python=platform.python_version())
 
     def count(self, metric: Metric, amount: float = 1, **labels: str) -> None:

@@ -1,0 +1,80 @@
+"""What people read: status text, heartbeat, allowance."""
+
+from __future__ import annotations
+
+from meshcni.agent.health import Heartbeat
+from meshcni.agent.socketservices import Allowance
+from meshcni.agent.statustext import as_text
+
+DOCUMENT = {
+    "version": "1",
+    "node": "n1",
+    "uptimeSeconds": 3.0,
+    "ready": False,
+    "notReady": ["no conf"],
+    "notLive": [],
+    "install": {"conf_path": "", "installs": 2, "conf_fights": 1, "notes": ["a broken file"]},
+    "backend": {"backend": "iptables", "variant": "nft", "why": "it works"},
+    "watches": [{"resource": "pods", "synced": True, "connected": False, "objects": 7, "lastError": "refused"}],
+    "adds": [
+        {
+            "at": "2026-01-01T01:02:03+00:00",
+            "pod": "shop/cart",
+            "verdict": "sidecar",
+            "reason": "sidecar-injected",
+            "variant": "nft",
+            "milliseconds": {"total": 5.25},
+            "message": "It has an injected sidecar.",
+        }
+    ],
+    "errors": {"KubeError": 2.0},
+    "missingCapabilities": "missing CAP_NET_RAW",
+}
+
+
+def test_status_says_all_that_matters() -> None:
+    text = as_text(DOCUMENT)
+    for part in (
+        "no: no conf",
+        "our entry is in none",
+        "a broken file",
+        "iptables, variant nft: it works",
+        "pods: synced, 7 objects, disconnected: refused",
+        "KubeError: 2",
+        "missing CAP_NET_RAW",
+        "01:02:03  shop/cart  sidecar  sidecar-injected  nft      5.2  It has an injected sidecar.",
+    ):
+        assert part in text
+
+
+def test_status_before_the_first_add() -> None:
+    assert as_text(DOCUMENT | {"adds": []}).endswith("no ADD since the start")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_heartbeat_that_stops_is_a_reason() -> None:
+    clock, lags = Clock(), []
+    heart = Heartbeat(30, lags.append, clock)
+    assert heart.reasons() == ()
+    clock.now += 31
+    assert heart.reasons() == ("the event loop has not run for 31 s",)
+    heart.beat()
+    assert heart.reasons() == ()
+    assert lags == [30.0]
+
+
+def test_allowance_runs_out_and_comes_back() -> None:
+    clock = Clock()
+    allowance = Allowance(per_second=2, at_once=3, clock=clock)
+    assert [allowance.take() for _ in range(4)] == [True, True, True, False]
+    clock.now += 1
+    assert [allowance.take() for _ in range(3)] == [True, True, False]
+    clock.now += 100
+    assert sum(allowance.take() for _ in range(10)) == 3
