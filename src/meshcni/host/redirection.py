@@ -104,8 +104,18 @@ def apply_sidecar(
     check_addresses(found, expected_addresses)
     families = choose_families(found, parameters.dual_stack, family_policy)
     ruleset = sidecar_ruleset(parameters, families, backend)
+    return apply_ruleset(ruleset, backend, force_iptables=force_iptables, choice=choice)
+
+
+def apply_ruleset(
+    ruleset: Ruleset, backend: Backend, *, force_iptables: str = "", choice: VariantChoice | None = None
+) -> Applied:
+    """Make `ruleset` (built for `backend`) all that this namespace holds of ours, in one backend only. Blocking.
+
+    Raises ApplyError; then nothing of ours is left.
+    """
     chosen, others, reason = _backends(backend, force_iptables, choice)
-    return _apply(ruleset, backend, chosen, others, reason)
+    return program(ruleset, backend, chosen, others, reason)
 
 
 def remove_sidecar(parameters: Interception | None = None) -> None:
@@ -144,9 +154,10 @@ def verify_sidecar(
     return (*(str(drift) for drift in chosen.drift(ruleset)), *routes.missing(ruleset), *doubles)
 
 
-def _apply(
-    ruleset: Ruleset, kind: Backend, chosen: PacketBackend, others: tuple[PacketBackend, ...], reason: str
+def program(
+    ruleset: Ruleset, kind: Backend, chosen: PacketBackend, others: tuple[PacketBackend, ...] = (), reason: str = ""
 ) -> Applied:
+    """Program `ruleset` with the backend `chosen`, take what is ours out of `others`, and look at the result."""
     try:
         changed = chosen.apply(ruleset)
         for other in others:  # after the new rules are in place, so that no packet finds none

@@ -99,7 +99,7 @@ def _converge_rules(netlink: Rtnetlink, desired: tuple[PolicyRule, ...], stale: 
     wanted = {_key(rule): rule for rule in desired}
     ours = {_key(rule) for rule in (*DEFAULT_RULES, *stale)} | wanted.keys()
     changed = False
-    for found in netlink.mark_rules():
+    for found in reversed(netlink.mark_rules()):  # each further one got a lower priority: the oldest stays
         key = (found.family, found.mark, found.mask, found.table)
         if key in wanted:
             del wanted[key]  # so that a second one like it is taken out below
