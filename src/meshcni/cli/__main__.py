@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -50,15 +51,18 @@ for _name, (_module, _help) in COMMANDS.items():
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name; None: this process's own) and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        status = group.main(
-            args=list(sys.argv[1:] if argv is None else argv), prog_name="meshcni", standalone_mode=False
-        )
+        status = group.main(args=arguments, prog_name="meshcni", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except click.Abort:
         return 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; nor may the interpreter's last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status if isinstance(status, int) else 0
 
 

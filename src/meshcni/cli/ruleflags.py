@@ -94,7 +94,7 @@ FAMILIES: Final[Mapping[str, frozenset[Family]]] = {
     "ipv6": frozenset({Family.V6}),
 }
 FORMATS: Final = ("script", "json", "words")
-FAMILY_POLICIES: Final = ("by-address", "original")
+FAMILY_POLICIES: Final = ("by-address", "original", "")  # an empty variable is the first
 FORCED_BINARIES: Final = ("", "legacy", "nft")
 
 
@@ -143,7 +143,7 @@ def read_command(arguments: Sequence[str], environment: Mapping[str, str], looku
         backend=_backend(given["backend"], on["native-nftables"]),
         format=given["format"].read(_one_of(FORMATS)),
         families=FAMILIES[given["families"].read(_one_of(FAMILIES))],
-        family_policy=given["family-policy"].read(_one_of(FAMILY_POLICIES)),
+        family_policy=given["family-policy"].read(_one_of(FAMILY_POLICIES)) or FAMILY_POLICIES[0],
         apply=on["apply"] and not on["dry-run"] and not on["skip-rule-apply"],
         cleanup_only=on["cleanup-only"],
         force_iptables=given["force-iptables-binary"].read(_one_of(FORCED_BINARIES)),

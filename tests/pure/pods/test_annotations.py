@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from ipaddress import ip_network
+from ipaddress import IPv4Network, ip_network
 from typing import Any
 
 import pytest
@@ -58,7 +58,7 @@ def test_the_defaults() -> None:
         owner_groups_exclude=(),
         tproxy_mark=1337,
         tproxy_table=133,
-        loopback_cidr=ip_network("127.0.0.1/32"),
+        loopback_cidr=IPv4Network("127.0.0.1/32"),
     )
     assert dict(derived.origins) == {one.name: "default" for one in fields(Interception)}
     assert derived.warnings == ()

@@ -106,7 +106,8 @@ def test_of_a_variable_given_twice_the_last_one_counts(
     entries: list[Any], literal: dict[str, str], elsewhere: set[str]
 ) -> None:
     (container,) = pod_from_object({"spec": {"containers": [{"name": "c", "env": entries}]}}).containers
-    assert (container.env, container.env_from_elsewhere) == (literal, elsewhere)
+    assert dict(container.env) == literal
+    assert container.env_from_elsewhere == elsewhere
 
 
 def test_only_one_address() -> None:

@@ -15,7 +15,7 @@ from meshcni.pods.selectors import (
     to_objects,
 )
 
-CHART_DEFAULT = [
+CHART_DEFAULT: list[dict[str, Any]] = [
     {"podSelector": {"matchLabels": {"istio.io/dataplane-mode": "ambient"}}},
     {
         "podSelector": {

@@ -1,0 +1,28 @@
+"""Runs the people's command line as a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+SOURCES = str(Path(__file__).parents[2] / "src")
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run() -> Run:
+    """`run(*arguments, env=..., prefix=..., stdin=...)`: `meshcni ARGUMENTS`, with output as text."""
+
+    def run_it(
+        *arguments: str, env: Mapping[str, str] | None = None, prefix: Sequence[str] = (), stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": SOURCES, "HOME": "/nonexistent", **(env or {})}
+        command = [*prefix, sys.executable, "-m", "meshcni.cli", *arguments]
+        return subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, timeout=60)
+
+    return run_it

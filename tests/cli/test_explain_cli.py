@@ -1,0 +1,182 @@
+"""`meshcni explain` as a process: verdict objects, text for people, exit statuses, wrong input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.cli.conftest import Run
+
+STATUS = "sidecar.istio.io/status"
+SELECTOR = "[{namespaceSelector: {matchLabels: {istio.io/dataplane-mode: ambient}}}]"
+
+
+def manifest(**annotations: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "cart", "namespace": "shop", "annotations": annotations},
+        "spec": {"containers": [{"name": "app"}, {"name": "istio-proxy", "args": ["proxy", "sidecar"]}]},
+    }
+
+
+SIDECAR = manifest(**{STATUS: "{}", "traffic.sidecar.istio.io/excludeInboundPorts": "3306"})
+PLAIN = manifest()
+
+
+@pytest.fixture
+def pod_file(tmp_path: Path) -> Path:
+    return tmp_path / "pod.yaml"
+
+
+def explained(run: Run, pod_file: Path, pod: dict[str, Any], *arguments: str, status: int = 0) -> dict[str, Any]:
+    pod_file.write_text(yaml.safe_dump(pod))
+    result = run("explain", "pod", "--file", str(pod_file), "--format", "json", *arguments)
+    assert (result.returncode, result.stderr) == (status, "")
+    return dict(json.loads(result.stdout))
+
+
+def test_a_sidecar(run: Run, pod_file: Path) -> None:
+    shown = explained(run, pod_file, SIDECAR)
+    assert (shown["verdict"], shown["reason"]) == ("sidecar", "sidecar-injected")
+    assert shown["parameters"]["inboundExcludePorts"] == {
+        "value": [3306, 15020, 15021, 15090],
+        "origin": "annotation traffic.sidecar.istio.io/excludeInboundPorts",
+    }
+    assert any("Inbound port 3306 is excluded" in line for line in shown["rules"])
+
+
+def test_the_pods_addresses_decide_for_which_families_rules_are_shown(run: Run, pod_file: Path) -> None:
+    for ips, heading in (
+        ([], "For IPv4 and IPv6."),
+        (["10.0.0.1"], "For IPv4."),
+        (["10.0.0.1", "fd00::1"], "For IPv4 and IPv6."),
+    ):
+        pod = {**SIDECAR, "status": {"podIPs": [{"ip": ip} for ip in ips]}}
+        assert explained(run, pod_file, pod)["rules"][0] == heading  # fmt: skip
+
+
+def test_a_pod_outside_the_mesh(run: Run, pod_file: Path) -> None:
+    shown = explained(run, pod_file, PLAIN)
+    assert (shown["verdict"], shown["reason"], shown["parameters"], shown["rules"]) == (
+        "skip",
+        "not-injected",
+        None,
+        [],
+    )
+    assert shown["evidence"] == "annotation sidecar.istio.io/status is absent"
+
+
+def test_an_excluded_namespace(run: Run, pod_file: Path) -> None:
+    shown = explained(run, pod_file, SIDECAR, "--exclude-namespaces", "kube-system,shop")
+    assert (shown["verdict"], shown["reason"]) == ("skip", "namespace-excluded")
+
+
+def test_a_wrong_annotation_is_a_verdict_and_a_status(run: Run, pod_file: Path) -> None:
+    pod = manifest(**{STATUS: "{}", "traffic.sidecar.istio.io/includeOutboundPorts": "http"})
+    shown = explained(run, pod_file, pod, status=1)
+    assert (shown["verdict"], shown["reason"], shown["parameters"]) == ("error", "bad-parameters", None)
+    assert "traffic.sidecar.istio.io/includeOutboundPorts is 'http'" in shown["error"]["message"]
+
+
+def test_a_field_of_a_wrong_type_is_a_verdict_and_a_status(run: Run, pod_file: Path) -> None:
+    pod = manifest(**{STATUS: "{}", "a": 80})  # type: ignore[arg-type]
+    shown = explained(run, pod_file, pod, status=1)
+    assert (shown["verdict"], shown["reason"]) == ("error", "unreadable-pod")
+    assert shown["error"] == {"message": "metadata.annotations[a] is 80, expected a string", "hint": "quote the value"}
+
+
+def test_ambient_by_the_namespaces_labels(run: Run, pod_file: Path, tmp_path: Path) -> None:
+    policy = ("--ambient-enabled", "--ambient-enablement-selector", SELECTOR)
+    namespace_file = tmp_path / "namespace.yaml"
+    namespace = {"kind": "Namespace", "metadata": {"name": "shop", "labels": {"istio.io/dataplane-mode": "ambient"}}}
+    namespace_file.write_text(yaml.safe_dump(namespace))
+    known = ("--namespace-file", str(namespace_file))
+    assert explained(run, pod_file, PLAIN, *policy, *known)["verdict"] == "ambient"
+    assert explained(run, pod_file, SIDECAR, *policy, *known)["verdict"] == "sidecar"
+    assert explained(run, pod_file, PLAIN, *policy, status=1)["reason"] == "namespace-unknown"
+    namespace_file.write_text(yaml.safe_dump({**namespace, "metadata": {"name": "other"}}))
+    result = run("explain", "pod", "--file", str(pod_file), *policy, *known)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "pod shop/cart is not in the namespace given, 'other'" in result.stderr
+
+
+def test_the_agents_variables_decide_as_in_the_agent(run: Run, pod_file: Path) -> None:
+    pod_file.write_text(yaml.safe_dump(SIDECAR))
+    env = {"EXCLUDE_NAMESPACES": "shop"}
+    result = run("explain", "pod", "-f", str(pod_file), "-o", "json", env=env)
+    assert json.loads(result.stdout)["reason"] == "namespace-excluded"
+
+
+def test_standard_input_and_json(run: Run) -> None:
+    result = run("explain", "pod", "--file=-", "--format=json", stdin=json.dumps(SIDECAR))
+    assert json.loads(result.stdout)["verdict"] == "sidecar"
+
+
+def test_a_manifest_without_namespace_is_in_default(run: Run) -> None:
+    pod = {"kind": "Pod", "metadata": {"name": "cart"}}
+    result = run("explain", "pod", "--file=-", "--format=json", stdin=json.dumps(pod))
+    assert json.loads(result.stdout)["pod"] == {"namespace": "default", "name": "cart"}
+
+
+def test_the_text_names_verdict_evidence_parameters_and_rules(run: Run, pod_file: Path) -> None:
+    pod_file.write_text(yaml.safe_dump(SIDECAR))
+    result = run("explain", "pod", "--file", str(pod_file))
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0] == "shop/cart: sidecar, its traffic goes through its sidecar"
+    assert any(line.split()[:2] == ["proxyUids", "1337"] for line in lines)
+    assert any("Inbound port 3306 is excluded" in line for line in lines)
+    assert "\x1b" not in result.stdout  # nobody looks at a terminal
+
+
+WRONG: dict[str, tuple[str, int, str]] = {
+    "not YAML": ("a: [", 1, "is not YAML"),
+    "binary": ("\x00\x01", 1, "is not YAML"),
+    "empty": ("", 1, "holds 0 objects"),
+    "two objects": ("kind: Pod\n---\nkind: Pod\n", 1, "holds 2 objects"),
+    "another kind": ("kind: Deployment", 1, "holds 'Deployment', not a Pod"),
+    "no object": ("- a", 1, "holds 'list', not a Pod"),
+}
+
+
+@pytest.mark.parametrize(("text", "status", "message"), WRONG.values(), ids=WRONG)
+def test_a_file_that_holds_no_pod(run: Run, pod_file: Path, text: str, status: int, message: str) -> None:
+    pod_file.write_text(text)
+    result = run("explain", "pod", "--file", str(pod_file), "--format", "json")
+    assert (result.returncode, result.stdout) == (status, "")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+USAGE: dict[str, tuple[list[str], int, str]] = {
+    "nothing": ([], 2, "explain what?"),
+    "another thing": (["service"], 2, "cannot explain 'service'"),
+    "no pod": (["pod"], 2, "which pod?"),
+    "two pods": (["pod", "a/b", "c/d"], 2, "which pod?"),
+    "file and name": (["pod", "a/b", "--file", "x"], 2, "which pod?"),
+    "odd name": (["pod", "a/b/c"], 2, "'a/b/c' names no pod"),
+    "unknown flag": (["pod", "--flie", "x"], 2, "unknown flag: --flie"),
+    "unknown format": (["pod", "--file", "x", "--format", "xml"], 2, "flag --format is 'xml'"),
+    "no such file": (["pod", "--file", "/nonexistent/pod.yaml"], 1, "cannot read /nonexistent/pod.yaml"),
+    "no such kubeconfig": (["pod", "a/b", "--kubeconfig", "/nonexistent/config"], 1, "kubeconfig /nonexistent/config"),
+    "wrong policy": (["pod", "--file", "x", "--ambient-enabled=maybe"], 2, "flag --ambient-enabled is 'maybe'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "status", "message"), USAGE.values(), ids=USAGE)
+def test_wrong_command_lines(run: Run, arguments: list[str], status: int, message: str) -> None:
+    result = run("explain", *arguments)
+    assert (result.returncode, result.stdout) == (status, "")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_and_version(run: Run) -> None:
+    assert "explain" in run("--help").stdout
+    assert "--namespace-file" in run("explain", "--help").stdout
+    assert run("version").stdout == run("--version").stdout
+    assert run("nonsense").returncode == 2
