@@ -9,6 +9,7 @@ from typing import Any
 
 from meshcni.pods.interception import NumberRange
 from meshcni.rules.model import (
+    BUILT_IN_CHAINS,
     Accept,
     Action,
     Chain,
@@ -45,10 +46,13 @@ _HOOKS = {"PREROUTING": "packets that arrive", "OUTPUT": "packets that this pod 
 
 
 def words(ruleset: Ruleset) -> list[str]:
-    """Return a rule set as lines: per chain a heading, then its rules in the order in which a packet meets them."""
+    """Return a rule set as lines: per chain a heading, then its rules in the order in which a packet meets them.
+
+    The chains at which packets come in stand first in each table.
+    """
     lines = [f"For {_list_of(family_name(family) for family in Family if family in ruleset.families)}."]
     for table in ruleset.tables:
-        for chain in table.chains:
+        for chain in sorted(table.chains, key=_is_ours):
             lines += ["", _heading(table, chain)]
             lines += [f"  {number}. {rule_words(rule)}" for number, rule in enumerate(chain.rules, start=1)]
     surroundings = [
@@ -84,6 +88,10 @@ def action_words(action: Action) -> str:
 def family_name(family: Family) -> str:
     """Return `IPv4` or `IPv6`."""
     return f"IPv{family.value}"
+
+
+def _is_ours(chain: Chain) -> bool:
+    return chain.name not in BUILT_IN_CHAINS
 
 
 def _heading(table: Table, chain: Chain) -> str:

@@ -22,6 +22,7 @@ class DriftKind(Enum):
     MISSING_RULE = "missing_rule"
     UNEXPECTED_RULE = "unexpected_rule"
     WRONG_ORDER = "wrong_order"
+    UNEXPECTED_TABLE = "unexpected_table"
     UNEXPECTED_OBJECT = "unexpected_object"
 
 
@@ -44,6 +45,7 @@ _SENTENCES = {
     DriftKind.MISSING_RULE: "chain {place} lacks the rule: {subject}",
     DriftKind.UNEXPECTED_RULE: "chain {place} holds a rule that should not be there: {subject}",
     DriftKind.WRONG_ORDER: "the rules of chain {place} are in the wrong order, first at: {subject}",
+    DriftKind.UNEXPECTED_TABLE: "table {place} should not be there",
     DriftKind.UNEXPECTED_OBJECT: "table {place} holds something that is not ours: {subject}",
 }
 
@@ -90,6 +92,8 @@ def _nft_drift(desired: Ruleset, observed: nft.ObservedTables) -> Iterator[Drift
     wanted = nft.expected(desired)
     for table in dict.fromkeys([*wanted.tables, *observed.tables]):
         there, should = observed.tables.get(table, {}), wanted.tables.get(table, {})
+        if not there and not should:
+            yield Drift(DriftKind.UNEXPECTED_TABLE, table, table)
         for chain in dict.fromkeys([*should, *there]):
             place = f"{table} {chain}"
             if chain not in there:

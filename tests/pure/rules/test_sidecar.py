@@ -502,5 +502,5 @@ def test_every_jump_has_a_target_and_every_rule_a_reason(parameters: Interceptio
                 names = {chain.name for chain in table.chains}
                 rules = [rule for chain in table.chains for rule in chain.rules]
                 assert {rule.action.chain for rule in rules if isinstance(rule.action, Jump)} <= names
-                assert all(rule.why.endswith((".", ")", "none")) and len(rule.why) < 120 for rule in rules)
+                assert all(rule.why.endswith((".", ")", "none")) and len(rule.why) < 200 for rule in rules)
                 assert all(rule.family is None or rule.family in families for rule in rules)
