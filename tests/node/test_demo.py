@@ -18,9 +18,11 @@ ROOT = Path(__file__).parents[2]
 DEMO_SECONDS = 120
 NODE_NAME = re.compile(r"meshcni-lab-[0-9a-f]{8}")
 
-pytestmark = pytest.mark.skipif(
-    bool(missing_requirements()), reason=f"THE DEMO CANNOT RUN HERE: {missing_requirements()}"
-)
+CANNOT_RUN = missing_requirements()
+MOMENTS = ("CNI chain: bridge", "Pod ledger without", "istio-cni", "Pod ledger with the")
+ENDINGS = [(signal.SIGINT, moment) for moment in MOMENTS] + [(signal.SIGTERM, MOMENTS[2]), (signal.SIGKILL, MOMENTS[3])]
+
+pytestmark = pytest.mark.skipif(bool(CANNOT_RUN), reason=f"THE DEMO CANNOT RUN HERE: {CANNOT_RUN}")
 
 
 def start_demo() -> subprocess.Popen[str]:
