@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from lab.apiserver import ServerThread, run_in_thread
+from lab.apiserver.objects import BY_PLURAL
 from tests.cli.conftest import Run
 
 STATUS = "sidecar.istio.io/status"
@@ -132,6 +135,63 @@ def test_the_text_names_verdict_evidence_parameters_and_rules(run: Run, pod_file
     assert any("Inbound port 3306 is excluded" in line for line in lines)
     assert "\x1b" not in result.stdout  # nobody looks at a terminal
 
+
+# --- with a live cluster ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[tuple[ServerThread, dict[str, str]]]:
+    """A running API server, and the environment of somebody whose kubeconfig names it."""
+    with run_in_thread(tokens=["token-1"]) as server:
+        path = tmp_path / "kubeconfig"
+        server.do(lambda double: double.write_kubeconfig(path, "token-1"))
+        yield server, {"KUBECONFIG": str(path)}
+
+
+def test_a_pod_of_a_live_cluster(run: Run, cluster: tuple[ServerThread, dict[str, str]]) -> None:
+    server, env = cluster
+    server.do(lambda double: double.add_pod(SIDECAR))
+    result = run("explain", "pod", "shop/cart", "--format=json", env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    shown = json.loads(result.stdout)
+    assert (shown["verdict"], shown["pod"]) == ("sidecar", {"namespace": "shop", "name": "cart"})
+    assert 3306 in shown["parameters"]["inboundExcludePorts"]["value"]
+
+
+def test_the_namespace_is_asked_for_where_ambient_needs_it(
+    run: Run, cluster: tuple[ServerThread, dict[str, str]]
+) -> None:
+    server, env = cluster
+    server.do(lambda double: double.add_namespace("shop", {"istio.io/dataplane-mode": "ambient"}))
+    server.do(lambda double: double.add_pod(PLAIN))
+    ambient = {**env, "AMBIENT_ENABLED": "true", "AMBIENT_ENABLEMENT_SELECTOR": SELECTOR}
+    known = run("explain", "pod", "shop/cart", "--format=json", env=ambient)
+    assert (known.returncode, json.loads(known.stdout)["verdict"]) == (0, "ambient")
+    server.do(lambda double: double.cluster.delete(BY_PLURAL["namespaces"], "", "shop", grace_seconds=0))
+    unknown = run("explain", "pod", "shop/cart", "--format=json", env=ambient)
+    assert (unknown.returncode, json.loads(unknown.stdout)["reason"]) == (1, "namespace-unknown")
+    assert "404" in unknown.stderr
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_a_refusal_is_said(run: Run, cluster: tuple[ServerThread, dict[str, str]], status: int) -> None:
+    server, env = cluster
+    server.do(lambda double: double.add_pod(SIDECAR))
+    server.do(lambda double: double.fault("status", status=status, count=9))
+    result = run("explain", "pod", "shop/cart", "--format=json", env=env)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert str(status) in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_pod_that_is_not_there(run: Run, cluster: tuple[ServerThread, dict[str, str]]) -> None:
+    result = run("explain", "pod", "shop/nobody", env=cluster[1])
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "404" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# --- wrong input ------------------------------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[str, int, str]] = {
     "not YAML": ("a: [", 1, "is not YAML"),

@@ -135,17 +135,23 @@ def _take_proxy_ids(found: _Collection) -> None:
     """Take the proxy's user and group: the container's, else the pod's; root and unset mean the injector's number."""
     pod, proxy = found.pod, found.pod.proxy
     own_uid, own_gid = (proxy.run_as_user, proxy.run_as_group) if proxy else (None, None)
-    for field, default, own, of_pod, name in (
-        ("proxy_uids", istio.PROXY_UID, own_uid, pod.run_as_user, "runAsUser"),
-        ("proxy_gids", istio.PROXY_GID, own_gid, pod.run_as_group, "runAsGroup"),
+    as_root = known = False
+    for field, own, of_pod, name in (
+        ("proxy_uids", own_uid, pod.run_as_user, "runAsUser"),
+        ("proxy_gids", own_gid, pod.run_as_group, "runAsGroup"),
     ):
         number, origin = of_pod, f"securityContext.{name} of the pod"
         if own is not None:
             number, origin = own, f"securityContext.{name} of container {istio.PROXY_CONTAINER}"
-        if number == 0:
-            found.warnings.append(f"{origin} is 0: the rules take the proxy to be {default}")
         if number:
             found.put(field, (NumberRange.single(number),), origin)
+            known = True
+        as_root |= number == 0
+    if as_root and not known:  # with TPROXY the injector makes the proxy root, and only its group tells it apart
+        found.warnings.append(
+            f"the proxy runs as root and has no group of its own: the rules expect user {istio.PROXY_UID} or group "
+            f"{istio.PROXY_GID}, and send back to the proxy whatever it sends as another"
+        )
 
 
 def _take_switches(found: _Collection) -> None:

@@ -171,7 +171,14 @@ def test_user_and_group_of_the_proxy(
     assert (derived.interception.proxy_uids, derived.interception.proxy_gids) == (ports(taken), ports(taken))
     assert derived.origins["proxy_uids"].removeprefix("securityContext.runAsUser ") == origin
     assert derived.origins["proxy_gids"].removeprefix("securityContext.runAsGroup ") == origin
-    assert len(derived.warnings) == (2 if warned else 0)
+    assert [warning.startswith("the proxy runs as root") for warning in derived.warnings] == [True] * warned
+
+
+def test_a_transparent_proxy_is_root_with_a_group_and_no_warning() -> None:
+    proxy = Container("istio-proxy", run_as_user=0, run_as_group=1337)
+    derived = derive_interception(Pod("a", "b", annotations={MODE: "TPROXY"}, containers=(proxy,)))
+    assert (derived.interception.proxy_uids, derived.interception.proxy_gids) == (ports(1337), ports(1337))
+    assert derived.warnings == ()
 
 
 def test_user_and_group_are_independent() -> None:
