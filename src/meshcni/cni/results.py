@@ -273,7 +273,7 @@ def ip_family(text: str) -> int:
     width = 0
     for position, group in enumerate(groups):
         if "." in group:
-            if position != len(groups) - 1 or not _is_ipv4(group):
+            if position != len(groups) - 1 or not text.endswith(group) or not _is_ipv4(group):
                 return 0
             width += 2
         elif 0 < len(group) <= 4 and not group.strip("0123456789abcdefABCDEF"):
