@@ -27,8 +27,8 @@ IPV4, IPV6 = "10.77.0.2", "fd00:77::2"
 class Netns:
     """A network namespace; everything runs inside on a thread made for it."""
 
-    def __init__(self) -> None:
-        self.fd = new_netns()
+    def __init__(self, fd: int | None = None) -> None:
+        self.fd = new_netns() if fd is None else fd
 
     def close(self) -> None:
         os.close(self.fd)

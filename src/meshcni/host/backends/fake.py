@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from meshcni.errors import ApplyError
 from meshcni.rules import nft, plan
-from meshcni.rules.model import Backend, Ruleset
+from meshcni.rules.model import Backend, Jump, Ruleset
 
 
 class FakeBackend:
@@ -27,9 +27,10 @@ class FakeBackend:
 
     def apply(self, ruleset: Ruleset) -> bool:
         """Hold `ruleset`, or refuse it and hold nothing."""
-        if self.refuse:
+        refusal = self.refuse or _dangling_jump(ruleset)
+        if refusal:
             self.held = None
-            raise ApplyError(self.refuse)
+            raise ApplyError(refusal)
         changed = self.held != ruleset
         self.held = ruleset
         return changed
@@ -51,3 +52,14 @@ class FakeBackend:
     def remove(self, known: Ruleset | None = None) -> None:
         """Hold nothing."""
         self.held = None
+
+
+def _dangling_jump(ruleset: Ruleset) -> str:
+    """Refuse what every kernel refuses: a jump into a chain that the table does not have."""
+    for table in ruleset.tables:
+        names = {chain.name for chain in table.chains}
+        for chain in table.chains:
+            for rule in chain.rules:
+                if isinstance(rule.action, Jump) and rule.action.chain not in names:
+                    return f"chain {rule.action.chain} of table {table.name.value} does not exist"
+    return ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fcntl import ioctl
 
@@ -24,6 +24,7 @@ VARIANTS = ("nft", "legacy")
 SEARCH_PATH = ("/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin", "/bin")
 WAIT_SECONDS = 10  # for another iptables in the same pod
 TIMEOUT_SECONDS = 30.0
+MAX_COMPLAINT = 2000  # characters of a tool's standard error in our message
 NS_GET_USERNS = 0xB701  # linux/nsfs.h
 _COMMAND = {Family.V4: "iptables", Family.V6: "ip6tables"}
 _NFT_FAMILY = {Family.V4: "ip", Family.V6: "ip6"}
@@ -155,22 +156,34 @@ class IptablesBackend:
         return {table: chains for (kind, table), chains in listed if kind == _NFT_FAMILY[family]}
 
     def _save(self, family: Family) -> str:
-        return self._run(self._tools.save[family], f"{_COMMAND[family]}-save", (), "")
+        # From outside: the list of legacy tables in /proc is not for the root of another user namespace.
+        return self._run([self._path(self._tools.save, family)])
 
     def _restore(self, family: Family, text: str) -> None:
-        if text:
-            arguments = ("--noflush", f"--wait={WAIT_SECONDS}")
-            self._nft.forget()
-            self._run(self._tools.restore[family], f"{_COMMAND[family]}-restore", arguments, text)
+        if not text:
+            return
+        path = self._path(self._tools.restore, family)
+        self._nft.forget()
+        prefix, descriptors = self._into_user_namespace()
+        try:
+            self._run([*prefix, path, "--noflush", f"--wait={WAIT_SECONDS}"], text, descriptors)
+        finally:
+            for fd in descriptors:
+                os.close(fd)
 
-    def _run(self, path: str, name: str, arguments: tuple[str, ...], text: str) -> str:
-        if not path:
-            raise ApplyError(f"there is no {name} for the {self.variant} variant", "install iptables")
-        prefix, user_namespace = self._into_user_namespace()
+    def _path(self, paths: Mapping[Family, str], family: Family) -> str:
+        if not paths[family]:
+            raise ApplyError(
+                f"there are no {_COMMAND[family]} commands of the {self.variant} variant", "install iptables"
+            )
+        return paths[family]
+
+    def _run(self, command: Sequence[str], text: str = "", descriptors: tuple[int, ...] = ()) -> str:
         self.processes += 1
+        words = " ".join(command)
         try:
             done = subprocess.run(
-                [*prefix, path, *arguments],
+                command,
                 input=text,
                 capture_output=True,
                 text=True,
@@ -178,21 +191,18 @@ class IptablesBackend:
                 env=ENVIRONMENT,
                 cwd="/",
                 timeout=TIMEOUT_SECONDS,
-                pass_fds=user_namespace,
+                pass_fds=descriptors,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise ApplyError(f"{path} took more than {TIMEOUT_SECONDS:.0f} s", "is its lock in the pod held?") from None
-        except OSError as error:
-            raise ApplyError(f"{path} cannot be started: {error}", "is the agent's image complete?") from None
-        finally:
-            for fd in user_namespace:
-                os.close(fd)
-        if done.returncode != 0:
             raise ApplyError(
-                f"{path} refused the rules (status {done.returncode}): {done.stderr.strip()[:2000]}",
-                _hint(done.stderr),
-            )
+                f"{words} took more than {TIMEOUT_SECONDS:.0f} s", "is its lock in the pod held?"
+            ) from None
+        except OSError as error:
+            raise ApplyError(f"{words} cannot be started: {error}", "is the agent's image complete?") from None
+        if done.returncode != 0:
+            complaint = done.stderr.strip()[:MAX_COMPLAINT]
+            raise ApplyError(f"{words} failed with status {done.returncode}: {complaint}", _hint(done.stderr))
         return done.stdout
 
     def _into_user_namespace(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
