@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 LINES_PER_SECOND = 200.0  # a plugin sends a few lines an ADD, at debug about fifty
 LINES_AT_ONCE = 2000.0
+WARNING_SECONDS = 60.0  # between two lines that say that lines are dropped
 
 
 class Allowance:
@@ -44,7 +45,7 @@ class LogService:
     def __init__(self, metrics: Metrics, allowance: Allowance | None = None) -> None:
         self._metrics = metrics
         self._allowance = allowance or Allowance(LINES_PER_SECOND, LINES_AT_ONCE)
-        self._limited = False
+        self._warning = Allowance(1 / WARNING_SECONDS, 1)
 
     async def handle(self, request: Request) -> Response:
         """`POST /log`; the method is not looked at. One batch is printed in one piece."""
@@ -58,9 +59,8 @@ class LogService:
             allowed = self._allowance.take()
             if allowed:
                 logs.forward(line)
-            elif not self._limited:
+            elif self._warning.take():
                 log.warning("plugins send more than %.0f log lines a second; some are dropped", LINES_PER_SECOND)
-            self._limited = not allowed
             self._metrics.count(m.LOG_LINES, result="printed" if allowed else "limited")
         for why in batch.dropped:
             log.debug("dropped a log line of a plugin: %s", why)

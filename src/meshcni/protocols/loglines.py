@@ -40,9 +40,7 @@ class LogBatch:
 
 def printable(text: str) -> str:
     """Return `text` with control characters and line separators as backslash escapes, so that it stays on one line."""
-    return _CONTROL.sub(
-        lambda match: f"\\x{ord(match[0]):02x}" if ord(match[0]) < 256 else f"\\u{ord(match[0]):04x}", text
-    )
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def decode_lines(body: bytes) -> LogBatch:
