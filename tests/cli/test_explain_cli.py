@@ -50,6 +50,7 @@ def test_a_sidecar(run: Run, pod_file: Path) -> None:
         "origin": "annotation traffic.sidecar.istio.io/excludeInboundPorts",
     }
     assert any("Inbound port 3306 is excluded" in line for line in shown["rules"])
+    assert shown["ruleset"]["tables"][0]["name"] == "nat"
 
 
 def test_the_pods_addresses_decide_for_which_families_rules_are_shown(run: Run, pod_file: Path) -> None:

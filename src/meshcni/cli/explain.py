@@ -17,7 +17,9 @@ from meshcni.pflag import Flag, ParsedFlags, go_bool, help_text, parse
 from meshcni.pods.assess import Assessment, assess, unreadable
 from meshcni.pods.eligibility import Policy, Verdict
 from meshcni.pods.model import Namespace, Pod, namespace_from_object
-from meshcni.rules.model import Backend, Family
+from meshcni.rules.model import Backend, Family, Ruleset
+from meshcni.rules.narrate import as_objects, words
+from meshcni.rules.sidecar import sidecar_ruleset
 
 if TYPE_CHECKING:
     from meshcni.kube.credentials import Access
@@ -63,13 +65,15 @@ def _run(argv: Sequence[str]) -> int:
         raise UsageError(f"flag --format is {output!r}", "write text or json")
     policy = read_policy(parsed, os.environ)
     pod, assessment = _assess(parsed, policy)
-    words = _rules_in_words(pod, assessment, _backend(parsed))
+    ruleset = _ruleset(pod, assessment, _backend(parsed))
+    lines = words(ruleset) if ruleset else []
     if output == "json":
-        print(json.dumps({**assessment_object(pod, assessment), "rules": words}, indent=2))
+        shown = assessment_object(pod, assessment)
+        print(json.dumps({**shown, "rules": lines, "ruleset": as_objects(ruleset) if ruleset else None}, indent=2))
     else:
         from meshcni.cli.explaintext import print_assessment
 
-        print_assessment(pod, assessment, words)
+        print_assessment(pod, assessment, lines)
     return 1 if assessment.decision.verdict is Verdict.ERROR else 0
 
 
@@ -128,15 +132,12 @@ def _backend(parsed: ParsedFlags) -> Backend:
         raise UsageError(f"--native-nftables or env NATIVE_NFTABLES: {error}") from error
 
 
-def _rules_in_words(pod: Pod, assessment: Assessment, backend: Backend) -> list[str]:
-    """Put the rules into words, for the families of the pod's addresses, for both when it has none yet."""
+def _ruleset(pod: Pod, assessment: Assessment, backend: Backend) -> Ruleset | None:
+    """Return the rules for the families of the pod's addresses, for both when it has none yet."""
     if assessment.derived is None:
-        return []
-    from meshcni.rules.narrate import words
-    from meshcni.rules.sidecar import sidecar_ruleset
-
+        return None
     families = frozenset(Family) if not pod.ips else frozenset({Family.V4, *map(_family, pod.ips)})
-    return words(sidecar_ruleset(assessment.derived.interception, families, backend))
+    return sidecar_ruleset(assessment.derived.interception, families, backend)
 
 
 def _family(ip: str) -> Family:

@@ -192,7 +192,6 @@ def read_interception(
         ("inbound_capture_port", "inbound-capture-port", read_port),
         ("inbound_tunnel_port", "inbound-tunnel-port", read_port),
         ("proxy_uids", "proxy-uid", users),
-        ("proxy_gids", "proxy-gid", groups),
         ("mode", "istio-inbound-interception-mode", read_mode),
         ("inbound_ports", "istio-inbound-ports", or_everything(ports)),
         ("inbound_exclude_ports", "istio-local-exclude-ports", ports),
@@ -217,7 +216,7 @@ def read_interception(
     values = {field: given[flag].read(reader) for field, flag, reader in flags}
     for field, name, default, reader in variables:
         values[field] = Given(environment.get(name, default), f"env {name}").read(reader)
-    values["proxy_gids"] = values["proxy_gids"] or values["proxy_uids"]
+    values["proxy_gids"] = given["proxy-gid"].read(groups) or _groups_of_users(given, lookups) or values["proxy_uids"]
     warnings: list[str] = []
     if values["redirect_dns"] and not values["capture_all_dns"]:
         values["dns_servers"] = name_servers(lookups.resolver_text())
@@ -225,6 +224,16 @@ def read_interception(
             warnings.append("the resolver has no name server, so DNS is not captured; --capture-all-dns needs none")
             values["redirect_dns"] = False
     return Interception(**values), tuple(warnings)
+
+
+def _groups_of_users(given: Mapping[str, Given], lookups: Lookups) -> tuple[NumberRange, ...]:
+    """Read the text of the users as groups, which it stands for too when no group is given; a name may be both."""
+
+    def either(name: str) -> int | None:
+        number = lookups.group(name)
+        return lookups.user(name) if number is None else number
+
+    return given["proxy-uid"].read(lambda text: split(text, lambda item: read_owners(item, either)))
 
 
 def _limited(groups: GroupSelection) -> GroupSelection:

@@ -20,6 +20,8 @@ from meshcni.errors import MeshCniError, UsageError
 from meshcni.pflag import ParsedFlags, help_text
 from meshcni.pods.eligibility import Verdict
 from meshcni.pods.interception import Interception
+from meshcni.rules.narrate import as_objects, words
+from meshcni.rules.sidecar import sidecar_ruleset
 
 T = TypeVar("T")
 USAGE: Final = "Usage: meshcni rules sidecar [--pod POD.yaml | parameters] [--apply] [--format script|json|words]"
@@ -82,9 +84,6 @@ def _print_or_apply(command: SidecarCommand, parameters: Interception) -> None:
 
 
 def _shown(command: SidecarCommand, parameters: Interception) -> str:
-    from meshcni.rules.narrate import as_objects, words
-    from meshcni.rules.sidecar import sidecar_ruleset
-
     ruleset = sidecar_ruleset(parameters, command.families, command.backend)
     if command.format == "script":
         return script(ruleset, command.backend)

@@ -21,7 +21,7 @@ RESOLVER = "search a\nnameserver 10.0.0.53\nnameserver ::127.0.0.53\n# nameserve
 LOOKUPS = Lookups(
     service={"http": 80, "http-alt": 8080}.get,
     user={"istio-proxy": 1500, "envoy": 1600}.get,
-    group={"mesh": 2000}.get,
+    group={"mesh": 2000, "envoy": 2600}.get,
     resolver_text=lambda: RESOLVER,
 )
 NOBODY = replace(LOOKUPS, user=lambda _: None, resolver_text=lambda: "")
@@ -162,7 +162,11 @@ TEXTS: dict[str, tuple[list[str], dict[str, Any]]] = {  # what iptables takes, w
         ["-b*", "-d", "80"],
         {"inbound_ports": EVERYTHING, "inbound_exclude_ports": one(80)},
     ),
-    "user by name": (["-u", "envoy"], {"proxy_uids": one(1600), "proxy_gids": one(1600)}),
+    "user by name, whose group has another number": (
+        ["-u", "envoy"],
+        {"proxy_uids": one(1600), "proxy_gids": one(2600)},
+    ),
+    "user by name without such a group": (["-u", "istio-proxy"], {"proxy_uids": one(1500), "proxy_gids": one(1500)}),
     "range of users": (["-u", "5-9"], {"proxy_uids": (NumberRange(5, 9),), "proxy_gids": (NumberRange(5, 9),)}),
     "group by name": (["-g", "mesh"], {"proxy_uids": one(1500), "proxy_gids": one(2000)}),
     "no user: the one of the proxy": ([], {"proxy_uids": one(1500), "proxy_gids": one(1500)}),
