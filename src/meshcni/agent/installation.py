@@ -116,6 +116,7 @@ class Installation:
         self._clock = clock
         self._one_at_a_time = threading.Lock()
         self._was_in_place = False
+        self._swept = False
         self._repairs = 1.0  # the allowance for hasty ones, at most one
         self._repairs_counted_at = clock()
         self._applied_at = float("-inf")
@@ -182,6 +183,7 @@ class Installation:
                 self._apply_anew(outcome)
             else:
                 outcome.waiting = f"{found.target} is changed by somebody else each time we write it"
+            self._sweep(directory)
         outcome.notes = found.notes + self._missing_neighbours(directory, found.target)
         if found.target:
             outcome.conf_path = os.path.join(self.config.conf_dir, found.target)
@@ -218,6 +220,14 @@ class Installation:
             own_file = not self.policy.chained or (self.policy.uses_owned and change.name == self.policy.owned_name)
             mode = (0o640 if self.config.conf_group_read else 0o600) if own_file else None
             done.append(carry_out(self.config.conf_dir, change, states, mode=mode, like=found.converted))
+
+    def _sweep(self, directory: ConfDir) -> None:
+        """Once in a life, remove what a killed predecessor left half-written."""
+        if not self._swept and directory.files:
+            with files.locked(self.config.conf_dir):
+                for name in directory.files:
+                    files.remove_stale_temps(os.path.join(self.config.conf_dir, name))
+            self._swept = True
 
     def _read_conf_dir(self) -> tuple[ConfDir, dict[str, FileState]]:
         return read_conf_dir(self.config.conf_dir, self.config.conf_name)

@@ -102,7 +102,11 @@ def assess(directory: ConfDir, policy: ConfPolicy) -> Assessment:
         found = Assessment(reason=f"the conf cannot be edited and is left as it is: {error}")
     if not found.target and not found.reason:
         found = Assessment(reason=_waiting(directory, policy, broken))
-    notes = tuple(_broken_note(name, why, found.target) for name, why in broken.items())
+    notes = tuple(
+        _broken_note(name, why, found.target)
+        for name, why in broken.items()
+        if name != found.converted and why not in found.reason
+    )
     return Assessment(found.target, found.changes, found.reason, found.notes + notes, found.converted)
 
 
