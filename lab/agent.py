@@ -62,7 +62,7 @@ class Agent:
             shutil.copy2(PLUGIN, self._image / istio.PLUGIN_NAME)
         if not AGENT.exists():
             raise LabError(f"no agent: {AGENT} is not installed (scripts/setup)")
-        self.process = self.node.spawn([str(AGENT)], environment=self._environment(), log="agent")
+        self.process = self.node.spawn([str(AGENT)], environment=self.environment(), log="agent")
         if wait:
             self.wait_ready()
 
@@ -78,9 +78,13 @@ class Agent:
         """Return when /readyz says 200 and containerd has loaded the chain with our plugin."""
         try:
             wait_until("the agent is ready", self.is_ready, START_SECONDS)
-            wait_until("containerd has loaded istio-cni", self.is_in_chain, START_SECONDS)
+            self.wait_in_chain()
         except LabError as error:
             raise LabError(f"{error}; the agent's log ends with\n{last_lines(self.log_text(), 12)}") from None
+
+    def wait_in_chain(self) -> None:
+        """Return when containerd has loaded the chain with our plugin."""
+        wait_until("containerd has loaded istio-cni", self.is_in_chain, START_SECONDS)
 
     def is_ready(self) -> bool:
         """Ask /readyz; LabError when the agent has ended."""
@@ -137,7 +141,8 @@ class Agent:
         self.process = None
         return status
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """Return the settings that make it an agent of this node."""
         options = self.options
         return {
             "MOUNTED_CNI_NET_DIR": str(self.runtime.conf_dir),

@@ -86,8 +86,11 @@ def start_call(
         stderr=subprocess.PIPE,
     )
     assert process.stdin is not None
-    process.stdin.write(json.dumps(stdin_for(agent, netns, overrides)).encode())
-    process.stdin.close()
+    try:
+        process.stdin.write(json.dumps(stdin_for(agent, netns, overrides)).encode())
+        process.stdin.close()
+    except BrokenPipeError:  # it need not read what it does not need, as runtimes know
+        pass
     process.stdin = None
     return process
 
