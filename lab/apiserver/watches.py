@@ -99,6 +99,7 @@ class Watch:
             pass
         finally:
             gone.cancel()
+            await asyncio.wait((gone,))  # else it still waits for data when the next request is read
         await connection.finish()
 
     def _put(self, event_type: str, obj: Object) -> None:
