@@ -75,7 +75,7 @@ def pod_file(tmp_path: Path) -> Path:
     return path
 
 
-# --- printing ---------------------------------------------------------------------------------------------------------
+# --- printing --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [["-b", "*", "-i", "*"], ["-b", "80,90", "-m", "TPROXY", "--drop-invalid"]])
@@ -115,7 +115,7 @@ def test_help(run: Run) -> None:
     assert "-b, --istio-inbound-ports" in result.stdout
 
 
-# --- applying ---------------------------------------------------------------------------------------------------------
+# --- applying --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -179,7 +179,7 @@ def test_a_namespace_without_an_address_is_refused(run: Run, netns: Netns) -> No
     assert netns.listing() == state
 
 
-# --- nothing is programmed --------------------------------------------------------------------------------------------
+# --- nothing is programmed -------------------------------------------------------------------------------------------
 
 NOTHING: dict[str, tuple[list[str], dict[str, str], int]] = {
     "no --apply": (["-b*", "-i*"], {}, 0),
@@ -193,7 +193,6 @@ NOTHING: dict[str, tuple[list[str], dict[str, str], int]] = {
     "wrong port, nftables": (["-b", "x", "--apply", "--native-nftables"], {}, 2),
     "wrong prefix": (["-i", "10.0.0.1", "--apply"], {}, 2),
     "wrong variable": (["--apply"], {"ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR": "10.0.0.0/8"}, 2),
-    "validation": (["--apply", "--run-validation"], {}, 2),
     "no such netns": (["--apply", "--network-namespace", "/run/netns/mc-cli-nowhere"], {}, 1),
     "no netns": (["--apply", "--network-namespace", "/etc/passwd"], {}, 1),
     "no such pod file": (["--apply", "--pod", "/nonexistent/pod.yaml"], {}, 1),
@@ -211,7 +210,29 @@ def test_nothing_is_programmed(run: Run, netns: Netns, flags: list[str], env: di
     assert netns.listing() == state
 
 
-# --- from a pod -------------------------------------------------------------------------------------------------------
+# --- validation -------------------------------------------------------------------------------------------------------
+
+VALIDATE = ("rules", "sidecar", "--run-validation", "--skip-rule-apply", "--format=words")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("address", [ADDRESS, ADDRESS_V6])
+def test_validation_tells_whether_redirection_works(run: Run, netns: Netns, backend: str, address: str) -> None:
+    netns("ip", "address", "flush", "dev", "lo", "scope", "global")
+    netns("ip", "address", "replace", "127.0.0.1/8", "dev", "lo")
+    netns("ip", "address", "replace", "::1/128", "dev", "lo")
+    netns("ip", "address", "add", address, "dev", "lo", *(["nodad"] if ":" in address else []))
+    before = run(*VALIDATE, "--probe-timeout=1s", prefix=netns.prefix)
+    assert before.returncode == 126, before.stderr
+    assert "was not redirected within 1 s" in before.stderr
+    # The test is root, so root is made the proxy's user.
+    flags = ("-u0", "-g0", "-b*", "-i*", "--apply", "--run-validation", "--backend", backend)
+    after = run("rules", "sidecar", *flags, prefix=netns.prefix)
+    assert (after.returncode, after.stderr) == (0, "meshcni rules: redirection works\n")
+    assert run(*VALIDATE, prefix=netns.prefix).returncode == 0
+
+
+# --- from a pod ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

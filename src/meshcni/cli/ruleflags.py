@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from meshcni import istio
-from meshcni.cli.ruleparameters import Given, Lookups, read_interception
+from meshcni.cli.ruleparameters import Given, Lookups, read_interception, read_port
 from meshcni.errors import UsageError
-from meshcni.pflag import READERS, Flag, Kind, go_bool, parse
+from meshcni.pflag import READERS, Flag, Kind, go_bool, go_duration, parse
 from meshcni.pods.interception import Interception
 from meshcni.rules.model import Backend, Family
 
@@ -71,15 +71,17 @@ ACTIONS: Final = (
     _switch("dry-run", "program nothing, whatever --apply says", short="n"),
     _switch("skip-rule-apply", "program nothing, whatever --apply says"),
     _flag("network-namespace", "", "", "with --apply, the network namespace to program instead of the current one"),
-    _switch("run-validation", "not supported: the istio-validation container of the proxy image does it"),
+    _switch(
+        "run-validation", "at last try whether redirection works; run as the proxy's user; status 126: it does not"
+    ),
+    _flag("iptables-probe-port", "", "15002", "port that --run-validation dials", "int"),
+    _flag("probe-timeout", "", "5s", "how long --run-validation tries", "duration"),
 )
 
 IGNORED: Final = (  # applying is repeatable here, over whatever an earlier run left
     _switch("reconcile", "accepted; earlier rules are always replaced"),
     _switch("force-apply", "accepted; rules are always applied"),
     _switch("cni-mode", "accepted; makes no difference"),
-    _flag("iptables-probe-port", "", "15002", "accepted", "int"),
-    _flag("probe-timeout", "", "5s", "accepted", "duration"),
     Flag("log_output_level", help="accepted"),
     Flag("log_stacktrace_level", help="accepted"),
     Flag("log_caller", help="accepted"),
@@ -112,6 +114,9 @@ class SidecarCommand:
     cleanup_only: bool
     force_iptables: str
     netns_path: str
+    validate: bool
+    probe_port: int
+    probe_timeout_seconds: float
     warnings: tuple[str, ...]
 
 
@@ -127,8 +132,6 @@ def read_command(arguments: Sequence[str], environment: Mapping[str, str], looku
     on = {flag.name: given[flag.name].read(go_bool) for flag in FLAGS if flag.kind == "bool"}
     for flag in IGNORED:
         given[flag.name].read(READERS[flag.kind])
-    if on["run-validation"]:
-        raise UsageError("--run-validation is not supported", "the istio-validation container of the proxy image does")
     pod_file = given["pod"].text
     doubled = next((flag for flag in PARAMETERS if flag.name in parsed.values), None)
     if pod_file and doubled:
@@ -148,6 +151,9 @@ def read_command(arguments: Sequence[str], environment: Mapping[str, str], looku
         cleanup_only=on["cleanup-only"],
         force_iptables=given["force-iptables-binary"].read(_one_of(FORCED_BINARIES)),
         netns_path=given["network-namespace"].text,
+        validate=on["run-validation"],
+        probe_port=given["iptables-probe-port"].read(read_port),
+        probe_timeout_seconds=given["probe-timeout"].read(go_duration),
         warnings=tuple(warnings),
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from meshcni import istio
 from meshcni.cli.podfiles import assess_manifest, read_policy
 from meshcni.cli.ruleflags import FLAGS, SidecarCommand, read_command
 from meshcni.cli.ruleparameters import Lookups
@@ -52,8 +53,7 @@ def _run(argv: Sequence[str]) -> int:
         print(f"meshcni rules: warning: {warning}", file=sys.stderr)
     if command.interception is None:
         return _for_pod(command)
-    _print_or_apply(command, command.interception)
-    return 0
+    return _print_or_apply(command, command.interception)
 
 
 def _for_pod(command: SidecarCommand) -> int:
@@ -66,21 +66,24 @@ def _for_pod(command: SidecarCommand) -> int:
         raise assessment.error
     decision = assessment.decision
     if assessment.derived is not None:
-        _print_or_apply(command, assessment.derived.interception)
-    elif command.format == "json":
+        return _print_or_apply(command, assessment.derived.interception)
+    if command.format == "json":
         print(json.dumps(assessment_object(pod, assessment), indent=2))
     else:
         print(f"{pod.full_name}: {decision.verdict.value}. {decision.reason.text} ({decision.evidence})")
     return 1 if decision.verdict is Verdict.ERROR else 0
 
 
-def _print_or_apply(command: SidecarCommand, parameters: Interception) -> None:
+def _print_or_apply(command: SidecarCommand, parameters: Interception) -> int:
     if command.apply:
         print(_in_netns(command.netns_path, lambda: _apply(command, parameters)))
     elif command.cleanup_only:
         print(removal_script(command.backend), end="")
     else:
         print(_shown(command, parameters), end="")
+    if not command.validate:
+        return 0
+    return _in_netns(command.netns_path, lambda: _validate(command, parameters))
 
 
 def _shown(command: SidecarCommand, parameters: Interception) -> str:
@@ -123,6 +126,31 @@ def _apply(command: SidecarCommand, parameters: Interception) -> str:
         },
         indent=2,
     )
+
+
+def _validate(command: SidecarCommand, parameters: Interception) -> int:
+    """Try whether redirection works in the netns of the calling thread; return the exit status."""
+    from meshcni.cli.validation import V4, V6, redirection_works
+    from meshcni.host.netns import facts
+
+    loopback = V6 if any(address.version == 6 for address in facts().addresses[:1]) else V4
+    ports = (parameters.proxy_port, parameters.inbound_capture_port)
+    try:
+        works = redirection_works(loopback, ports, command.probe_port, command.probe_timeout_seconds)
+    except OSError as error:
+        raise MeshCniError(
+            f"cannot listen on {loopback.own}, ports {ports[0]} and {ports[1]}: {error.strerror}",
+            "validate before the proxy is started",
+        ) from error
+    if works:
+        print("meshcni rules: redirection works", file=sys.stderr)
+        return 0
+    print(
+        f"meshcni rules: a connection to {loopback.dialled} port {command.probe_port} was not redirected within "
+        f"{command.probe_timeout_seconds:g} s\n  are the rules in place, and is this the proxy's user?",
+        file=sys.stderr,
+    )
+    return istio.VALIDATION_EXIT_CODE
 
 
 def _in_netns(path: str, work: Callable[[], T]) -> T:

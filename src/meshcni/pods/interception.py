@@ -57,7 +57,7 @@ GroupSelection = Everything | tuple[NumberRange, ...]
 
 @dataclass(frozen=True, slots=True)
 class Interception:
-    """Everything that decides a sidecar's rules, parsed; defaults are those of a pod without annotations (spec 2.8).
+    """Everything that decides a sidecar's rules, parsed; defaults are those of a pod without annotations.
 
     Ports are 0..65535, marks and tables unsigned 32 bit; networks keep no host bits (the kernel lists them masked).
     An empty selection captures nothing, `EVERYTHING` captures all but the exclusions.

@@ -61,6 +61,9 @@ def test_the_defaults() -> None:
         cleanup_only=False,
         force_iptables="",
         netns_path="",
+        validate=False,
+        probe_port=15002,
+        probe_timeout_seconds=5.0,
         warnings=(),
     )
 
@@ -261,11 +264,13 @@ ACTIONS: dict[str, tuple[list[str], dict[str, str], dict[str, Any]]] = {
     "an empty family policy": ([], {"FAMILY_POLICY": ""}, {"family_policy": "by-address"}),
     "cleanup": (["--cleanup-only"], {}, {"cleanup_only": True}),
     "netns": (["--network-namespace", "/run/netns/a"], {}, {"netns_path": "/run/netns/a"}),
-    "accepted": (
-        ["--reconcile", "--force-apply", "--cni-mode", "--iptables-probe-port", "1", "--probe-timeout=1m"],
+    "validation": (
+        ["--run-validation", "--iptables-probe-port", "0x10", "--probe-timeout=1m"],
         {},
-        {},
+        {"validate": True, "probe_port": 16, "probe_timeout_seconds": 60.0},
     ),
+    "validation by variable": ([], {"RUN_VALIDATION": "true"}, {"validate": True}),
+    "accepted": (["--reconcile", "--force-apply", "--cni-mode"], {}, {}),
     "log flags": (["--log_output_level=all:debug", "--log_target", "stderr", "--log_as_json"], {}, {}),
 }
 
@@ -323,7 +328,7 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str]] = {
     "forced": (["--force-iptables-binary=auto"], {}, "flag --force-iptables-binary is 'auto'"),
     "families": (["--families=4"], {}, "flag --families is '4'"),
     "family policy": (["--family-policy=x"], {}, "flag --family-policy is 'x'"),
-    "validation": (["--run-validation"], {}, "--run-validation is not supported"),
+    "probe port too high": (["--iptables-probe-port=65536"], {}, "'65536' is not within 0 to 65535"),
     "pod and parameters": (["--pod", "a", "-b", "80"], {}, "--pod together with -b, --istio-inbound-ports"),
 }
 
