@@ -9,10 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 # The example database is a folder; a pure test has none. Slow machines must not fail on a deadline.
 settings.register_profile("pure", database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("pure")
+st.text().validate()  # reads the character table now, not in the middle of a test
 
 FORBIDDEN = (
     "ctypes.dlopen",
