@@ -182,6 +182,7 @@ class Scene:
             (directory / name).mkdir()
         shutil.copy("/bin/true", directory / "source" / istio.PLUGIN_NAME)
         self.conf.write_text(json.dumps({"cniVersion": "1.0.0", "name": "lab", "plugins": [{"type": "bridge"}]}))
+        (directory / "account" / "ca.crt").write_text("the double speaks plain HTTP\n")
         api.do(lambda server: server.write_service_account(directory / "account", "a-token"))
 
     def environment(self) -> dict[str, str]:

@@ -80,9 +80,7 @@ def test_signal_ends_it_gracefully(scene: Scene, number: signal.Signals) -> None
 def test_second_signal_ends_it_at_once(scene: Scene) -> None:
     agent = scene.start()
     agent.wait_watching()
-    scene.api.do(
-        lambda server: server.fault("hang", count=-1, prefix="/apis/apps/v1")
-    )
+    scene.api.do(lambda server: server.fault("hang", count=-1, prefix="/apis/apps/v1"))
     agent.process.send_signal(signal.SIGTERM)
     wait_until("the first signal", lambda: "Exit signal received" in agent.log)
     assert agent.stop() == 128 + signal.SIGTERM
@@ -160,7 +158,9 @@ def test_ports_can_be_chosen(scene: Scene) -> None:
 
 
 def test_json_logs(scene: Scene) -> None:
-    agent = scene.start("--log_as_json", "--log_output_level=cni-plugin:debug", "--log_caller=cni-agent")
+    agent = scene.start(
+        "--log_as_json", "--log_output_level=cni-plugin:debug", "--log_caller=cni-agent", KUBERNETES_SERVICE_HOST=""
+    )
     wait_until("the conf entry", lambda: istio.PLUGIN_NAME in scene.conf.read_text())
     agent.stop()
     lines = [json.loads(line) for line in agent.log.splitlines()]

@@ -94,8 +94,9 @@ class Agent:
         self.heartbeat = Heartbeat(settings.liveness_stale_seconds, lambda lag: self.metrics.set(m.EVENT_LOOP_LAG, lag))
         self._servers: list[WebServer] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._stopping = ""  # why not ready any more
-        self._signal = asyncio.Event()
+        self._stopping = ""  # the signal that ends us
+        self._end = asyncio.Event()
+        self._crashed = False
         self._frozen = False
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -106,18 +107,11 @@ class Agent:
         loop.set_default_executor(ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="worker"))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
-        await self._start()
-        stop = loop.create_task(self._signal.wait(), name="signal")
         try:
-            ended, _ = await asyncio.wait((stop, *self._tasks.values()), return_when=asyncio.FIRST_COMPLETED)
-            crashed = [task for task in ended if task is not stop]
-            for task in crashed:
-                log.critical("%s ended by itself: %r; leaving everything in place", task.get_name(), task.exception())
-            if crashed:
-                return 1
-            return await self._end_gracefully()
+            await self._start()
+            await self._end.wait()
+            return 1 if self._crashed else await self._end_gracefully()
         finally:
-            stop.cancel()
             await self._close()
 
     async def _start(self) -> None:
@@ -140,8 +134,16 @@ class Agent:
         self._prepare = asyncio.get_running_loop().create_task(self.programmer.prepare())
 
     def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        """Run a part that must not end before the agent does."""
-        self._tasks[name] = asyncio.get_running_loop().create_task(work, name=name)
+        """Run a part that must not end before the agent ends it."""
+        task = self._tasks[name] = asyncio.get_running_loop().create_task(work, name=name)
+        task.add_done_callback(self._part_ended)
+
+    def _part_ended(self, task: asyncio.Task[None]) -> None:
+        """Without a part the agent is of no use: end, leave the node as it is, and let the kubelet start us anew."""
+        if not task.cancelled():
+            log.critical("%s ended by itself; leaving everything in place", task.get_name(), exc_info=task.exception())
+            self._crashed = True
+            self._end.set()
 
     async def _serve_unix(self, run_dir: Path) -> None:
         logs = LogService(self.metrics)
@@ -198,13 +200,13 @@ class Agent:
 
     def _signalled(self, number: signal.Signals) -> None:
         name = signal.Signals(number).name
-        if self._signal.is_set():
+        if self._stopping:
             log.warning("second signal %s: leaving at once", name)
             logging.shutdown()
             os._exit(128 + number)
         log.info("Exit signal received: %s", name)
-        self._stopping = f"the agent is shutting down ({name})"
-        self._signal.set()
+        self._stopping = name
+        self._end.set()
 
     async def _end_gracefully(self) -> int:
         """Decide what stays on the node, clean up if so decided, finish ADDs under way."""
@@ -231,13 +233,13 @@ class Agent:
             return 1
         return 0
 
-    async def _take_away(self) -> tuple[str, ...]:
+    async def _take_away(self, *, purge: bool = False) -> tuple[str, ...]:
         """Stop installing and remove what was installed."""
         task = self._tasks.pop("installer", None)
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        done = await self.installer.uninstall()
+        done = await self.installer.uninstall(purge=purge)
         for sentence in done:
             log.info("%s", sentence)
         return done
@@ -267,7 +269,7 @@ class Agent:
             for informer in informers
             if not informer.synced.is_set()
         ]
-        stopping = (self._stopping,) if self._stopping else ()
+        stopping = (f"the agent is shutting down ({self._stopping})",) if self._stopping else ()
         return (*stopping, *self.installer.reasons, *waiting)
 
     def not_live(self) -> tuple[str, ...]:
@@ -297,9 +299,11 @@ class Agent:
         """Take everything away on purpose and stay: the pod's end is somebody else's business."""
         if request.method != "POST":
             return Response(405, b"POST uninstalls\n")
-        self._stopping = "uninstalled on purpose"
-        done = await self._take_away()
-        return Response(200, json.dumps({"done": list(done), "purge": request.query == PURGE_QUERY}).encode(), JSON)
+        try:
+            done = await self._take_away(purge=request.query == PURGE_QUERY)
+        except MeshCniError as error:
+            return Response(500, f"{error}\n".encode())
+        return Response(200, json.dumps({"done": list(done)}).encode() + b"\n", JSON)
 
     # --- metrics ------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from meshcni.errors import AgentUnavailableError
+from meshcni.errors import AgentUnavailableError, MeshCniError
 
 CONTROL_SOCKET_NAME = "control.sock"
 STATUS_PATH = "/status"
@@ -16,8 +16,12 @@ PURGE_QUERY = "purge=true"
 ANSWER_SECONDS = 60.0  # an uninstall writes and syncs files
 
 
+class AgentFailedError(MeshCniError):
+    """The agent answered, but not with what was asked."""
+
+
 def ask(run_dir: str, method: str, target: str) -> dict[str, Any]:
-    """Ask the agent of this node; raises AgentUnavailableError when none answers, or answers with an error."""
+    """Ask the agent of this node; raises AgentUnavailableError when none answers, AgentFailedError for an error."""
     path = Path(run_dir, CONTROL_SOCKET_NAME)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -34,8 +38,8 @@ def ask(run_dir: str, method: str, target: str) -> dict[str, Any]:
     status = head.split(b" ", 2)[1:2]
     if status != [b"200"]:
         text = body.decode("utf-8", "replace").strip() or "the connection was closed"
-        raise AgentUnavailableError(f"the agent answered {method} {target} with: {text}")
+        raise AgentFailedError(f"the agent answered {method} {target} with: {text}")
     document = json.loads(body)
     if not isinstance(document, dict):
-        raise AgentUnavailableError("the agent's answer is not a JSON object", "is it of another release?")
+        raise AgentFailedError("the agent's answer is not a JSON object", "is it of another release?")
     return document

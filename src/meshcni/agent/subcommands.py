@@ -79,7 +79,7 @@ def uninstall(arguments: Sequence[str]) -> int:
         from meshcni.agent.wiring import install_config
 
         async def by_ourselves() -> list[str]:
-            return list(await Installer(install_config(chosen, "info")).uninstall())
+            return list(await Installer(install_config(chosen, "info")).uninstall(purge=purge))
 
         done = asyncio.run(by_ourselves())
     sys.stdout.write("".join(f"{sentence}\n" for sentence in done or ["nothing of ours was there"]))
