@@ -58,10 +58,8 @@ class PodNetns:
         self.node.run(["sh", "-c", f"ip netns del {self.name} 2>/dev/null || true"])
 
 
-def start_call(
-    agent: Agent, command: str, pod: Mapping[str, Any], netns: PodNetns, **overrides: object
-) -> subprocess.Popen[bytes]:
-    """Start the installed plugin for `pod`; `overrides` are changed fields of the conf."""
+def environment_for(agent: Agent, command: str, pod: Mapping[str, Any], netns: PodNetns) -> dict[str, str]:
+    """Return the CNI variables that containerd would set."""
     metadata = pod["metadata"]
     arguments = {
         "IgnoreUnknown": "1",
@@ -70,7 +68,7 @@ def start_call(
         "K8S_POD_INFRA_CONTAINER_ID": container_id(pod),
         "K8S_POD_UID": metadata["uid"],
     }
-    environment = {
+    return {
         "CNI_COMMAND": command,
         "CNI_CONTAINERID": container_id(pod),
         "CNI_NETNS": netns.path_inside,
@@ -78,9 +76,15 @@ def start_call(
         "CNI_PATH": str(agent.runtime.bin_dir),
         "CNI_ARGS": ";".join(f"{key}={value}" for key, value in arguments.items()),
     }
+
+
+def start_call(
+    agent: Agent, command: str, pod: Mapping[str, Any], netns: PodNetns, **overrides: object
+) -> subprocess.Popen[bytes]:
+    """Start the installed plugin for `pod`; `overrides` are changed fields of the conf."""
     process = agent.node.spawn(
         [str(agent.runtime.bin_dir / istio.PLUGIN_NAME)],
-        environment=environment,
+        environment=environment_for(agent, command, pod, netns),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,0 +1,1 @@
+"""`python -m bench`: what a pod start costs, as ratios to yardsticks measured in the same run."""
