@@ -95,6 +95,7 @@ class Agent:
         self._servers: list[WebServer] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stopping = ""  # the signal that ends us
+        self._conf_fights = 0  # counted so far
         self._end = asyncio.Event()
         self._crashed = False
         self._frozen = False
@@ -117,9 +118,9 @@ class Agent:
     async def _start(self) -> None:
         settings = self.settings
         log.info("install-cni %s on node %s", __version__, self.node)
-        missing = complaint(missing_capabilities())
-        if missing:
-            log.warning("%s", missing)
+        for warning in (complaint(missing_capabilities()), *wiring.warnings(settings)):
+            if warning:
+                log.warning("%s", warning)
         run_dir = Path(settings.cni_agent_run_dir)
         agent_socket = self._socket(listen_seqpacket, run_dir / istio.AGENT_SOCKET_NAME)
         self._spawn("add-server", self.add_server.run(agent_socket))
@@ -312,6 +313,10 @@ class Agent:
 
     def _install_changed(self, status: InstallStatus) -> None:
         self.metrics.set(m.INSTALL_READY, status.ready)
+        self.metrics.set(m.INSTALL_TROUBLES, len(status.reasons), kind="blocking")
+        self.metrics.set(m.INSTALL_TROUBLES, len(status.notes), kind="note")
+        self.metrics.count(m.CONF_DRIFT, status.conf_fights - self._conf_fights)
+        self._conf_fights = status.conf_fights
 
     def _measure(self) -> None:
         for informer in (self.pods, self.namespaces):
@@ -319,6 +324,7 @@ class Agent:
                 self.metrics.set(m.WATCH_SYNCED, informer.synced.is_set(), resource=informer.name)
                 self.metrics.set(m.WATCH_OBJECTS, len(informer.items()), resource=informer.name)
                 self.metrics.set(m.WATCH_FAILURES, informer.state.restarts, resource=informer.name)
+                self.metrics.set(m.WATCH_REJECTED, informer.state.rejected, resource=informer.name)
 
     async def _gauges(self) -> None:
         """What must be looked at now and then; once ready, everything made so far is left out of collections."""

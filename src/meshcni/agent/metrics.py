@@ -100,21 +100,28 @@ REFUSED = Metric(
     "requests and connections refused",
     ("socket", "cause"),
     "socket: agent, log, event, control, health, metrics; cause: peer, oversized, malformed, version, descriptors, "
-    "netns, slow, busy, closing",
+    "slow, busy",
 )
 ERRORS = Metric("istio_cni_errors_total", Type.COUNTER, "errors by class", ("error",), "see the exit codes page")
 CONF_DRIFT = Metric(
     "istio_cni_conf_drift_total",
     Type.COUNTER,
-    "files on the node found other than they should be",
-    ("what",),
-    "binary, kubeconfig, conf",
+    "times that somebody removed or changed our conf entry, and it was put back",
 )
-CONF_INVALID = Metric("istio_cni_conf_invalid_files", Type.GAUGE, "conf files of others that cannot be parsed")
+INSTALL_TROUBLES = Metric(
+    "istio_cni_install_troubles",
+    Type.GAUGE,
+    "troubles with the files on the node, broken conf files of others among them",
+    ("kind",),
+    "blocking (not ready because of it), note",
+)
 WATCH_SYNCED = Metric("istio_cni_watch_synced", Type.GAUGE, "1 when the informer holds the API's state", ("resource",))
 WATCH_OBJECTS = Metric("istio_cni_watch_objects", Type.GAUGE, "objects that the informer holds", ("resource",))
 WATCH_FAILURES = Metric(
     "istio_cni_watch_failures", Type.GAUGE, "failures of list and watch since the start", ("resource",)
+)
+WATCH_REJECTED = Metric(
+    "istio_cni_watch_rejected_objects", Type.GAUGE, "objects that could not be read since the start", ("resource",)
 )
 LOG_LINES = Metric(
     "istio_cni_plugin_log_lines_total",

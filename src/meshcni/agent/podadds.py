@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 ADD_SECONDS = 60.0  # everything; the kubelet gives a sandbox 2 to 4 minutes and then starts anew
 REMEMBERED_ADDS = 50  # for `install-cni status`
 MAX_LOGGED_CHARACTERS = 200  # of a message, so that a line stays below 400 bytes
-MAX_REPLY_CHARACTERS = 4000  # an annotation can be 256 KiB long, and messages quote values
+MAX_REPLY_CHARACTERS = 2000  # an annotation can be 256 KiB long, and messages quote values
 EVENT_REASON = "MeshRedirectionFailed"
 
 Addresses = tuple[IPv4Address | IPv6Address, ...]

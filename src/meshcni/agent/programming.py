@@ -54,7 +54,7 @@ class Programmer:
         """Choose the iptables variant before the first ADD needs it; a failure is logged and met again there."""
         try:
             await self._choose()
-        except MeshCniError as error:
+        except (MeshCniError, OSError) as error:
             log.error("no way to program rules on this node yet: %s", error)
 
     async def program(self, netns_fd: int, parameters: Interception, expected: Addresses) -> Applied:

@@ -55,6 +55,18 @@ def install_config(settings: Settings, plugin_log_level: str) -> InstallConfig:
     )
 
 
+def warnings(settings: Settings) -> tuple[str, ...]:
+    """Settings that are fine each and surprising together, as sentences."""
+    found = []
+    if settings.native_nftables and settings.force_iptables_binary:
+        found.append("FORCE_IPTABLES_BINARY is of no effect: NATIVE_NFTABLES is set, and nftables wins")
+    if settings.ambient_enabled:
+        found.append("ambient mode: this version refuses the ADDs of pods that the enablement selectors take")
+    if settings.cleans_up_always:
+        found.append("every stop of this agent takes the plugin off the node: pods started then are outside the mesh")
+    return tuple(found)
+
+
 def policy(settings: Settings) -> Policy:
     """What decides about pods."""
     return Policy(

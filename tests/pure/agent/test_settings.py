@@ -266,8 +266,7 @@ def test_show_tells_value_and_origin() -> None:
     assert shown["kubeconfig_mode"].as_object()["default"] == "0600"
 
 
-TEXT = st.text(max_size=20)
-TEXT.validate()  # reads hypothesis' table of characters now: no file may be opened during a test
+TEXT = st.text(alphabet="truefals019-x.:,/ {}[]é\x00\n", max_size=20)
 
 
 @given(TEXT, st.sampled_from([name for row in ROWS for name in row.variables]))

@@ -71,11 +71,10 @@ def test_bad_body_names_the_field(body: bytes, field: str) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.text(alphabet="10.:fe/é", max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["IP", "Address", "Mask"]), inner),
     max_leaves=8,
 )
-json_values.validate()  # reads hypothesis' table of characters now: no file may be opened during a test
 
 
 @given(st.dictionaries(st.sampled_from(["Netns", "podname", "IPs", "ips"]), json_values))

@@ -1,0 +1,73 @@
+"""Settings as the parts see them."""
+
+from __future__ import annotations
+
+import pytest
+
+from meshcni import istio
+from meshcni.agent.resolution import resolve
+from meshcni.agent.wiring import api_access, backend_config, install_config, policy, warnings
+from meshcni.host.redirection import FamilyPolicy
+from meshcni.rules.model import Backend
+
+
+def test_conf_entry_has_only_the_originals_keys_by_default() -> None:
+    entry = install_config(resolve([], {}), "info").entry
+    assert dict(entry.extra) == {}
+    assert (entry.plugin_log_level, entry.run_dir, entry.native_nftables) == ("info", istio.RUN_DIR, False)
+
+
+@pytest.mark.parametrize(("text", "extra"), [("20", {}), ("5", {"agent_wait_seconds": 5})])
+def test_our_own_key_is_there_when_it_differs(text: str, extra: dict[str, object]) -> None:
+    assert dict(install_config(resolve([], {"AGENT_WAIT_SECONDS": text}), "info").entry.extra) == extra
+
+
+def test_installer_gets_its_settings() -> None:
+    config = install_config(
+        resolve(
+            ["--cni-conf-name=a.conf", "--chained-cni-plugin=false"],
+            {"UNINSTALL_REMOVES_BINARY": "true", "CNI_BINARY_TARGET_DIR": "/b", "KUBERNETES_SERVICE_HOST": "fd00::1"},
+        ),
+        "debug",
+    )
+    assert (config.conf_name, config.chained, config.uninstall_removes_binary) == ("a.conf", False, True)
+    assert (config.binary_target_dirs, config.api_host, config.api_protocol) == (("/b",), "fd00::1", "https")
+
+
+def test_policy() -> None:
+    chosen = policy(resolve([], {"EXCLUDE_NAMESPACES": "a,b", "POD_NAMESPACE": "istio-system"}))
+    assert (chosen.exclude_namespaces, chosen.agent_namespace) == (frozenset({"a", "b"}), "istio-system")
+
+
+@pytest.mark.parametrize(
+    ("variables", "backend", "netns"),
+    [
+        ({}, Backend.IPTABLES, istio.OWN_NETNS),
+        ({"NATIVE_NFTABLES": "true", "ALLOW_SWITCH_TO_HOST_NS": "true"}, Backend.NFTABLES, istio.HOST_NETNS),
+    ],
+)
+def test_backend(variables: dict[str, str], backend: Backend, netns: str) -> None:
+    config = backend_config(resolve([], variables))
+    assert (config.backend, config.host_netns, config.family_policy) == (backend, netns, FamilyPolicy.BY_ADDRESS)
+
+
+def test_api_address() -> None:
+    access = api_access(resolve([], {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "KUBERNETES_SERVICE_PORT": "443"}))
+    assert access.server == "https://10.0.0.1:443"
+
+
+@pytest.mark.parametrize(
+    ("variables", "part"),
+    [
+        ({"NATIVE_NFTABLES": "true", "FORCE_IPTABLES_BINARY": "nft"}, "nftables wins"),
+        ({"AMBIENT_ENABLED": "true"}, "refuses"),
+        ({"DISABLE_SAFE_UPGRADE": "true"}, "outside the mesh"),
+    ],
+)
+def test_surprising_settings_are_said(variables: dict[str, str], part: str) -> None:
+    (warning,) = warnings(resolve([], variables))
+    assert part in warning
+
+
+def test_defaults_are_no_surprise() -> None:
+    assert warnings(resolve([], {})) == ()
