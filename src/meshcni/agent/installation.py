@@ -120,6 +120,7 @@ class Installation:
         self._repairs = 1.0  # the allowance for hasty ones, at most one
         self._repairs_counted_at = clock()
         self._applied_at = float("-inf")
+        self._undone_at: float | None = None  # when we first saw our last write undone
         self._binaries_seen: dict[str, tuple[object, ...]] = {}
 
     def look_and_repair(self) -> Outcome:
@@ -176,6 +177,7 @@ class Installation:
                 directory, _states = self._read_conf_dir()
                 found = assess(directory, self.policy)
                 if found.reason or not found.changes:
+                    self._undone_at = None
                     break
                 if self._was_in_place and not self._may_repair(outcome):
                     outcome.waiting = f"{found.target} was changed again by somebody else; it is repaired shortly"
@@ -195,7 +197,9 @@ class Installation:
         now = self._clock()
         earned = (now - self._repairs_counted_at) * REPAIRS_PER_SECOND
         self._repairs, self._repairs_counted_at = min(1.0, self._repairs + earned), now
-        if now - self._applied_at < LASTING_SECONDS:
+        if self._undone_at is None:
+            self._undone_at = now
+        if self._undone_at - self._applied_at < LASTING_SECONDS:
             if self._repairs < 1:
                 outcome.held_back_seconds = (1 - self._repairs) / REPAIRS_PER_SECOND
                 return False
@@ -212,7 +216,7 @@ class Installation:
                 if found.converted:
                     self._keep_backup(found.converted, directory.files[found.converted])
                 self._apply(found, states, outcome.wrote)
-            self._applied_at = self._clock()
+            self._applied_at, self._undone_at = self._clock(), None
 
     def _apply(self, found: Assessment, states: Mapping[str, FileState], done: list[str]) -> None:
         """Carry out the changes in their order; adds to `done` what was done, also when a later one fails."""
