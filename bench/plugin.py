@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 from lab.agent import EXCLUDED_NAMESPACE
 from lab.containerd import SYSTEM_PLUGINS
@@ -11,7 +12,7 @@ from lab.objects import sidecar_pod
 from lab.plugin import PodNetns, environment_for, stdin_for
 
 from bench.report import Row, ratio
-from bench.runs import Command, interleaved, median, peak_memory_mib, run
+from bench.runs import Command, Cost, interleaved, median, peak_memory_mib, run
 from meshcni import istio
 
 ROUNDS = 60
@@ -35,9 +36,7 @@ def measure(mesh: Mesh) -> list[Row]:
             "DEL": Command([program], environment_for(mesh.agent, "DEL", pod, netns), stdin),
             "ADD, excluded namespace": Command([program], environment_for(mesh.agent, "ADD", pod, netns), stdin),
         }
-        costs = interleaved(
-            ROUNDS, {name: lambda _, command=command: run(mesh.node, command) for name, command in commands.items()}
-        )
+        costs = interleaved(ROUNDS, {name: always(mesh, command) for name, command in commands.items()})
         memory = {
             name: peak_memory_mib(mesh.node, commands[name]) for name in ("VERSION", "DEL", "ADD, excluded namespace")
         }
@@ -50,3 +49,8 @@ def measure(mesh: Mesh) -> list[Row]:
         rows.append(ratio(f"plugin {name}: CPU", cost.cpu, yardstick.cpu, MAX_RATIO, "portmap VERSION"))
         rows.append(Row(f"plugin {name}: peak memory", memory[name], MAX_MEMORY_MIB, "MiB", note))
     return rows
+
+
+def always(mesh: Mesh, command: Command) -> Callable[[int], Cost]:
+    """Return a case that runs the same command in every round."""
+    return lambda _: run(mesh.node, command)

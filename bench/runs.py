@@ -64,7 +64,7 @@ def start_here(command: Command) -> int:
         (os.POSIX_SPAWN_OPEN, 2, "/dev/null", os.O_WRONLY, 0),
     ]
     full = {**CLEAN_ENVIRONMENT, **command.environment}
-    return os.posix_spawn(command.arguments[0], command.arguments, full, file_actions=actions)
+    return os.posix_spawn(command.arguments[0], list(command.arguments), full, file_actions=actions)
 
 
 def peak_memory_mib(node: Node, command: Command) -> float:

@@ -24,7 +24,13 @@ T = TypeVar("T")
 PREFIX = "meshcni-lab-"
 HERE = Path(__file__).parent
 CGROUP_ROOT = Path("/sys/fs/cgroup")
-START_SECONDS = 20.0
+ENTERED = (  # the mount namespace comes last: the paths of the others are the host's
+    ("net", namespaces.CLONE_NEWNET),
+    ("uts", namespaces.CLONE_NEWUTS),
+    ("ipc", namespaces.CLONE_NEWIPC),
+    ("pid", namespaces.CLONE_NEWPID),
+    ("mnt", namespaces.CLONE_NEWNS),
+)
 STOP_SECONDS = 10.0
 CLEAN_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 
@@ -187,9 +193,8 @@ class Node:
 
     def _move_in(self) -> None:
         namespaces.leave_shared_filesystem()
-        namespaces.enter(self.netns, namespaces.CLONE_NEWNET)
-        namespaces.enter(f"/proc/{self.pid}/ns/pid", namespaces.CLONE_NEWPID)  # for children of this thread only
-        namespaces.enter(f"/proc/{self.pid}/ns/mnt", namespaces.CLONE_NEWNS)
+        for name, kind in ENTERED:  # the pid namespace is for this thread's children only
+            namespaces.enter(f"/proc/{self.pid}/ns/{name}", kind)
 
     def _as_seen_inside(self, netns: str) -> str:
         if netns == self.netns:
