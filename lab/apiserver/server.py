@@ -98,6 +98,11 @@ class ApiServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
+    def connections_open(self) -> int:
+        """How many connections clients have open now."""
+        return len(self._connections)
+
+    @property
     def url(self) -> str:
         """`http://127.0.0.1:40123`."""
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from meshcni.kube.client import (
 )
 from meshcni.kube.credentials import InCluster, KubeconfigFile, TokenFile
 from meshcni.kube.failures import ApiError
+from meshcni.kube.transport import MAX_IDLE
 
 World = Callable[[], AbstractAsyncContextManager[tuple[ApiServer, KubeApi]]]
 
@@ -297,6 +299,19 @@ async def test_a_refused_token_is_read_again_and_the_call_repeated(account: Path
         assert [r.token for r in server.requests] == [TOKEN, TOKEN, "token-2"]
 
 
+async def test_a_token_overwritten_unnoticeably_is_read_again_when_it_is_refused(account: Path) -> None:
+    async with double_and_api(account) as (server, api):
+        server.add_pod(pod_object("a"))
+        await api.get_pod("apps", "a")
+        server.tokens = {"token-2"}
+        before = (account / "token").stat()
+        (account / "token").write_text("token-2")  # as long as the one before, in the same inode
+        os.utime(account / "token", ns=(before.st_atime_ns, before.st_mtime_ns))
+
+        assert (await api.get_pod("apps", "a")).name == "a"
+        assert [r.token for r in server.requests] == [TOKEN, TOKEN, "token-2"]
+
+
 async def test_a_token_swapped_during_a_call_costs_one_repetition(account: Path) -> None:
     async with double_and_api(account) as (server, api):
         server.add_pod(pod_object("a"))
@@ -386,6 +401,7 @@ async def test_calls_share_few_connections(account: Path) -> None:
         await asyncio.gather(*(api.get_pod("apps", "a") for _ in range(50)))
 
         assert server.most_connections == MAX_CALLS
+        await until(lambda: server.connections_open == MAX_IDLE)
 
 
 async def test_calls_and_failures_leave_nothing_open(world: World) -> None:
@@ -413,7 +429,9 @@ async def test_the_pool_does_not_use_a_connection_the_server_closed(world: World
         await server.start()
 
         assert (await api.get_pod("apps", "a")).name == "a"
-        assert len([r for r in server.requests if r.request.path == "/api/v1/namespaces/apps/pods/a"]) == 2
+        await server.stop()
+        await server.start()
+        await api.create_event("apps", {"metadata": {"name": "e"}})  # never sent twice, so it must be right at once
 
 
 async def test_names_are_quoted_into_paths(account: Path) -> None:

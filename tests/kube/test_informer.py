@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -377,6 +378,32 @@ async def test_a_rotated_token_is_taken_up(account: Path) -> None:
         tokens = [record.token for record in world.server.requests]
         assert (tokens[0], tokens[-1]) == (TOKEN, "token-2")
         assert world.asked(watch=False) == ["0"]
+
+
+async def test_a_token_overwritten_unnoticeably_is_taken_up_by_a_watch(account: Path) -> None:
+    async with running(account, prepare=some_pods) as world:
+        await world.watching()
+        before = (account / "token").stat()
+        (account / "token").write_text("token-2")
+        os.utime(account / "token", ns=(before.st_atime_ns, before.st_mtime_ns))
+        world.server.tokens = {"token-2"}
+        world.server.cut_watches()
+        await until(lambda: world.server.requests[-1].token == "token-2")
+        await world.watching()
+
+
+async def test_a_watch_that_told_something_begins_its_pauses_anew(account: Path) -> None:
+    async with running(account) as world:
+        for number in range(6):
+            await world.watching()
+            world.server.add_pod(pod_object(f"p{number}"))
+            await until(lambda number=number: f"p{number}" in world.names())
+            opened = len(world.asked(watch=True))
+            world.server.cut_watches()
+            await until(lambda opened=opened: len(world.asked(watch=True)) > opened)
+
+        assert len(world.slept) == 6
+        assert max(world.slept) <= 0.5
 
 
 async def test_malformed_objects_are_left_out_and_logged_once(account: Path, caplog: pytest.LogCaptureFixture) -> None:
