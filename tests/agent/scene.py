@@ -233,6 +233,13 @@ class Scene:
         self._stack.callback(end, agent.process)
         return agent
 
+    def open_to_everybody(self) -> None:
+        """Let every user reach the sockets, worse than any installation does: the check of the peer must do then."""
+        for path in (self.run_dir, self.directory, *self.directory.parents[:3]):
+            path.chmod(0o755)
+        for path in self.run_dir.glob("*.sock"):
+            path.chmod(0o666)
+
     def add_pod(self, pod: dict[str, Any]) -> dict[str, Any]:
         """Give the API double a pod of this node; returns it as the API has it."""
         pod["spec"]["nodeName"] = NODE
@@ -241,6 +248,22 @@ class Scene:
     def pod_netns(self, *addresses: str) -> str:
         """A netns that is gone with the scene."""
         return self._stack.enter_context(new_netns(*addresses))
+
+
+def answer_to_nobody(path: Path, kind: socket.SocketKind, request: bytes = b"") -> bytes:
+    """What user nobody gets from a Unix socket; nothing when the connection is closed."""
+    program = (
+        "import os, socket, sys\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "connection = socket.socket(socket.AF_UNIX, int(sys.argv[2])); connection.settimeout(10)\n"
+        "connection.connect(sys.argv[1])\n"
+        "try:\n"
+        "    connection.sendall(bytes.fromhex(sys.argv[3])) if sys.argv[3] else None\n"
+        "    os.write(1, connection.recv(100))\n"
+        "except (ConnectionResetError, BrokenPipeError): pass\n"
+    )
+    command = ("/usr/bin/python3", "-c", program, str(path), str(int(kind)), request.hex())
+    return subprocess.run(command, capture_output=True, check=True, timeout=30).stdout
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -47,6 +47,34 @@ def test_installs_without_an_api_server_and_says_what_is_missing(scene: Scene) -
     agent.wait_ready()
 
 
+def test_rotated_token_does_not_shake_readiness(scene: Scene) -> None:
+    agent = scene.start()
+    agent.wait_ready()
+    token, new = scene.directory / "account" / "token", scene.directory / "account" / "new"
+    answers = set()
+    for number in range(30):
+        new.write_text(f"token-{number}")
+        new.rename(token)
+        answers |= {agent.get(istio.READY_PATH)[0] for _ in range(5)}
+    assert answers == {200}
+    kubeconfig = scene.run_dir / istio.KUBECONFIG_NAME
+    wait_until("the last token in the kubeconfig", lambda: "token-29" in kubeconfig.read_text())
+    assert "token-" not in agent.log
+
+
+def test_lost_conf_entry_is_a_reason_until_it_is_back(scene: Scene) -> None:
+    agent = scene.start()
+    agent.wait_ready()
+    scene.conf.write_text("{ broken")
+    wait_until("not ready", lambda: agent.get(istio.READY_PATH)[0] == 503)
+    assert scene.conf.name in agent.get(istio.READY_PATH)[1]
+    assert scene.conf.read_text() == "{ broken"
+    assert agent.metrics()['istio_cni_install_troubles{kind="blocking"}'] >= 1
+    scene.conf.write_text('{"cniVersion": "1.0.0", "name": "lab", "plugins": [{"type": "ptp"}]}')
+    agent.wait_ready()
+    assert istio.PLUGIN_NAME in scene.conf.read_text()
+
+
 def test_stopped_event_loop_is_not_alive(scene: Scene) -> None:
     agent = scene.start(LIVENESS_STALE_SECONDS="1")
     wait_until("health", lambda: agent.get(istio.LIVE_PATH)[0] == 200)

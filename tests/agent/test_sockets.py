@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.agent.scene import Agent, Scene, wait_until
+from tests.agent.scene import Agent, Scene, answer_to_nobody, wait_until
 
 from meshcni import istio
 
@@ -125,6 +125,15 @@ def test_garbage_is_answered_and_closed(scene: Scene, agent: Agent, name: str) -
         connection.sendall(b"\x00\x01 garbage\r\n\r\n")
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
     assert answer.startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_peer_that_is_not_root_is_refused(scene: Scene, agent: Agent, name: str) -> None:
+    scene.open_to_everybody()
+    request = b"POST /log HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n[]"
+    assert answer_to_nobody(scene.run_dir / name, socket.SOCK_STREAM, request) == b""
+    label = {"log.sock": "log", "pluginevent.sock": "event", "control.sock": "control"}[name]
+    assert agent.metrics()[f'istio_cni_requests_refused_total{{cause="peer",socket="{label}"}}'] == 1
 
 
 def test_sockets_survive_a_restart(scene: Scene, agent: Agent) -> None:

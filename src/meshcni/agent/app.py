@@ -124,9 +124,9 @@ class Agent:
         run_dir = Path(settings.cni_agent_run_dir)
         agent_socket = self._socket(listen_seqpacket, run_dir / istio.AGENT_SOCKET_NAME)
         self._spawn("add-server", self.add_server.run(agent_socket))
-        self._spawn("installer", self.installer.run())
         await self._serve_unix(run_dir)
         await self._serve_tcp()
+        self._spawn("installer", self.installer.run())  # once we are sure to stay: a conf without an agent stops pods
         self._spawn("pods", self.pods.run())
         if self.namespaces is not None:
             self._spawn("namespaces", self.namespaces.run())
