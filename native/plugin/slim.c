@@ -41,10 +41,8 @@ int _Py_Deepfreeze_Init(void) { return 0; }
 void _Py_Deepfreeze_Fini(void) {}
 #endif
 
-/* The first line is what initialisation breaks without, the second what the plugin imports. */
-#define MODULES(M) \
-    M(posix) M(errno) M(_io) M(_abc) M(_codecs) M(_thread) M(_weakref) M(_signal) \
-    M(_socket) M(fcntl) M(time)
+/* _codecs is for the stub of encodings; the others are what the plugin imports. */
+#define MODULES(M) M(_codecs) M(posix) M(_socket) M(fcntl) M(time)
 
 #define DECLARE(name) extern PyObject *PyInit_##name(void);
 #define ENTRY(name) {#name, PyInit_##name},
