@@ -169,7 +169,21 @@ async def gather(
         return start
     if api is None:
         return replace(start, detail="no API server is configured")
-    end = clock() + deadline_seconds
+    try:
+        async with asyncio.timeout(deadline_seconds):  # a look of its own may take longer than what is left
+            return await _ask_until_certain(api, identity, start, clock() + deadline_seconds, clock, sleep)
+    except TimeoutError:
+        return replace(start, detail=f"no answer within {deadline_seconds:g} s")
+
+
+async def _ask_until_certain(
+    api: Api,
+    identity: Identity,
+    start: Evidence,
+    end: float,
+    clock: Callable[[], float],
+    sleep: Callable[[float], Awaitable[None]],
+) -> Evidence:
     same_kind: Uncertain | None = None
     since, rounds = clock(), 0
     while True:
@@ -182,12 +196,9 @@ async def gather(
         if kind is None or now - since >= kind.seconds or rounds >= kind.rounds:
             return seen
         if now + PAUSE_SECONDS >= end:
-            uncertain = seen.answer is Answer.WITHDRAWN
-            return (
-                replace(seen, answer=Answer.NONE, detail=f"{seen.detail}, but not for long enough")
-                if uncertain
-                else seen
-            )
+            if seen.answer is Answer.WITHDRAWN:
+                return replace(seen, answer=Answer.NONE, detail=f"{seen.detail}, but not for long enough")
+            return seen
         await sleep(PAUSE_SECONDS)
 
 

@@ -64,13 +64,17 @@ def hint(error: OSError) -> str:
 
 def read(path: str, limit: int | None = None) -> tuple[bytes, FileState]:
     """Content and state of a regular file. Raises OSError, with EFBIG when it has more than `limit` bytes."""
-    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-        found = os.fstat(file.fileno())
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
         if limit is not None and found.st_size > limit:
             raise OSError(errno.EFBIG, f"more than {limit} bytes", path)
-        data = file.read()
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read()
+    finally:
+        os.close(fd)
     return data, FileState(found.st_ino, found.st_mtime_ns, len(data), hashlib.sha256(data).hexdigest())
 
 
