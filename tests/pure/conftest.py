@@ -50,8 +50,8 @@ class ImpureTestError(BaseException):
 
 
 def forbid_effects(event: str, arguments: tuple[object, ...]) -> None:
-    if not armed:
-        return
+    if not armed or any(isinstance(argument, str) and "/.hypothesis" in argument for argument in arguments):
+        return  # hypothesis keeps the constants of the tested modules in a folder of its own
     if event.startswith(FORBIDDEN):
         raise ImpureTestError(f"a pure test did {event}{arguments!r}")
     if event == "open":
