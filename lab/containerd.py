@@ -67,7 +67,9 @@ class Containerd:
         self.write_chain()
         archive = pause_archive()
         config = self.node.folder / "containerd.toml"
-        config.write_text(self.configuration("overlayfs"))
+        # an overlay cannot lie on an overlay, which is what a container's root usually is
+        on_overlay = self.node.run(["stat", "-f", "-c", "%T", str(self.node.folder)]).strip() == "overlayfs"
+        config.write_text(self.configuration("native" if on_overlay else "overlayfs"))
         self.process = self.node.spawn(["containerd", "--config", str(config)], log="containerd")
         self.cri.wait_ready(START_SECONDS)
         self.node.run(["ctr", "--address", SOCKET, "--namespace", "k8s.io", "images", "import", str(archive)])

@@ -23,6 +23,7 @@ from meshcni import istio
 
 APP_PORT = 8080
 PODS_PATH = "/api/v1/pods"
+COUNTERS = re.compile(r" packets \d+ bytes \d+| \[\d+:\d+\]")  # of rules and chains; they differ from look to look
 KNOWN_SECONDS = 10.0
 RETRY_SECONDS = 0.2  # between two attempts to start a sandbox, as a kubelet would
 
@@ -146,14 +147,14 @@ class Mesh:
         self.runtime.cri.remove_sandbox(pod.sandbox.id)
 
     def rules(self, netns: str) -> Redirection:
-        """Read what redirects traffic in a netns, from the kernel's own listings."""
+        """Read what redirects traffic in a netns, from the kernel's own listings, packet counters left out."""
         listing = self.node.run(["nft", "list", "ruleset"], netns=netns)
         legacy = self.node.run(["iptables-legacy-save"], netns=netns) if legacy_tables_loaded(self.node, netns) else ""
         return Redirection(
             nftables="table inet istio-proxy-nat" in listing,
             iptables_nft=bool(re.search(r"chain ISTIO_OUTPUT\b", listing)),
             iptables_legacy="ISTIO_OUTPUT" in legacy,
-            listing=listing + legacy,
+            listing=COUNTERS.sub("", listing + legacy),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import random
 import time
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from lab.agent import Agent
-from lab.mesh import Mesh
+from lab.mesh import COUNTERS, Mesh
 from lab.objects import sidecar_pod
 from lab.plugin import PodNetns, call, finish_call, start_call
 from tests.node.conftest import BACKENDS
@@ -35,11 +36,30 @@ def forget(mesh: Mesh, pods: list[dict[str, Any]]) -> None:
         mesh.api.do(lambda server, name=name: server.delete_pod("shop", name))
 
 
-def state(mesh: Mesh, netns: PodNetns) -> tuple[str, str, str]:
+LISTINGS = (  # the save tools sort chains by name, whatever order they were made in
+    "iptables-nft-save",
+    "ip6tables-nft-save",
+    "nft list tables",
+    "nft list table inet istio-proxy-nat",
+    "nft list table inet istio-proxy-mangle",
+    "ip rule",
+    "ip -6 rule",
+    "ip route show table 133",
+    "ip -6 route show table 133",
+    "ip -o addr show dev lo",
+)
+
+
+def state(mesh: Mesh, netns: PodNetns) -> list[str]:
     """All that an ADD programs: rules, policy rules, routes and addresses."""
-    routing = "ip rule; ip -6 rule; ip route show table 133 2>/dev/null; ip -6 route show table 133 2>/dev/null; true"
-    loopback = mesh.node.run(["ip", "-o", "addr", "show", "dev", "lo"], netns=netns.path)
-    return mesh.rules(netns.path).listing, mesh.node.run(["sh", "-c", routing], netns=netns.path), loopback
+    script = "\n".join(f"{command} 2>/dev/null" for command in LISTINGS) + "\ntrue"
+    text = COUNTERS.sub("", mesh.node.run(["sh", "-c", script], netns=netns.path))
+    return [line for line in text.splitlines() if not line.startswith("#")]
+
+
+def assert_state(mesh: Mesh, netns: PodNetns, wanted: list[str]) -> None:
+    difference = "\n".join(difflib.unified_diff(wanted, state(mesh, netns), "wanted", "found", lineterm="", n=0))
+    assert not difference, difference
 
 
 def add_until_done(agent: Agent, pod: dict[str, Any], netns: PodNetns) -> None:
@@ -51,7 +71,7 @@ def add_until_done(agent: Agent, pod: dict[str, Any], netns: PodNetns) -> None:
     pytest.fail(f"refused {RETRIES} times: {answer}")
 
 
-def reference_state(mesh: Mesh, agent: Agent, pod: dict[str, Any]) -> tuple[str, str, str]:
+def reference_state(mesh: Mesh, agent: Agent, pod: dict[str, Any]) -> list[str]:
     number = next(numbers)
     with PodNetns(mesh.node, f"chaos-{number}", number) as netns:
         assert call(agent, "ADD", pod, netns).status == 0
@@ -74,9 +94,9 @@ def test_killing_the_plugin(mesh: Mesh, backend: str) -> None:
             answer = finish_call(adding)
             killed += answer.status < 0
             if answer.status == 0:
-                assert state(mesh, netns) == wanted
+                assert_state(mesh, netns, wanted)
             add_until_done(agent, pod, netns)
-            assert state(mesh, netns) == wanted
+            assert_state(mesh, netns, wanted)
             assert call(agent, "DEL", pod, netns).status == 0
     assert killed > PLUGIN_ROUNDS // 10, "the kill hit too few plugins to mean anything"
     forget(mesh, pods)
@@ -98,6 +118,23 @@ def test_killing_the_agent(mesh: Mesh, backend: str) -> None:
             answer = finish_call(adding)
             if answer.status != 0:
                 add_until_done(agent, pod, netns)
-            assert state(mesh, netns) == wanted
+            assert_state(mesh, netns, wanted)
     agent.wait_ready()
+    forget(mesh, pods)
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables-nft"])
+def test_several_adds_for_the_same_netns_at_once(mesh: Mesh, backend: str) -> None:
+    """A runtime that gives up waiting asks again while the first ADD is still under way."""
+    agent = mesh.agent
+    agent.ensure(BACKENDS[backend])
+    pods = known_pods(mesh, f"twice-{backend}", 1)
+    wanted = reference_state(mesh, agent, pods[0])
+    for _ in range(10):
+        number = next(numbers)
+        with PodNetns(mesh.node, f"chaos-{number}", number) as netns:
+            adding = [start_call(agent, "ADD", pods[0], netns) for _ in range(4)]
+            answers = [finish_call(one) for one in adding]
+            assert [answer.status for answer in answers] == [0, 0, 0, 0], answers
+            assert_state(mesh, netns, wanted)
     forget(mesh, pods)
