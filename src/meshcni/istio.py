@@ -1,6 +1,7 @@
 """Every fixed name, port, mark, path, label, annotation and variable of the contract, each with its upstream file.
 
-The files are those of istio/istio at commit 86c9f01fd735. Imported by the plugin's fast path: constants only, no imports.
+The files are those of istio/istio at commit 86c9f01fd735. Imported by the plugin's fast path, so this module holds
+constants and imports nothing.
 """
 
 # --- files, directories and sockets: cni/pkg/constants/constants.go -------------------------------------------------
@@ -14,6 +15,7 @@ KUBECONFIG_NAME = "istio-cni-kubeconfig"
 LOG_SOCKET_NAME = "log.sock"
 EVENT_SOCKET_NAME = "pluginevent.sock"
 AGENT_SOCKET_NAME = "agent.sock"  # ours: the plugin hands ADDs over here
+CONTROL_SOCKET_NAME = "control.sock"  # ours: `install-cni status` and `uninstall` ask the running agent
 UNINSTALLED_MARKER_NAME = "uninstalled"  # ours: the agent is gone on purpose, ADDs pass through
 PLUGIN_LOG_NAME = "istio-cni.log"
 SERVICE_ACCOUNT_DIR = "/var/run/secrets/kubernetes.io/serviceaccount"

@@ -47,6 +47,13 @@ def test_installs_without_an_api_server_and_says_what_is_missing(scene: Scene) -
     agent.wait_ready()
 
 
+def test_without_repair_and_ambient_it_is_ready_before_the_api_server_answers(scene: Scene) -> None:
+    scene.api.crash()
+    agent = scene.start(REPAIR_ENABLED="false")
+    agent.wait_ready()
+    assert agent.metrics()['istio_cni_watch_synced{resource="pods"}'] == 0
+
+
 def test_rotated_token_does_not_shake_readiness(scene: Scene) -> None:
     agent = scene.start()
     agent.wait_ready()

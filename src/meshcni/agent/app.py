@@ -23,7 +23,7 @@ from meshcni import __version__, istio
 from meshcni.agent import metrics as m
 from meshcni.agent import wiring
 from meshcni.agent.addserver import AddServer
-from meshcni.agent.control import CONTROL_SOCKET_NAME, PURGE_QUERY, STATUS_PATH, UNINSTALL_PATH
+from meshcni.agent.control import PURGE_QUERY, STATUS_PATH, UNINSTALL_PATH
 from meshcni.agent.health import Heartbeat, endpoint
 from meshcni.agent.installer import Callbacks, Installer, InstallStatus
 from meshcni.agent.logs import labels
@@ -153,7 +153,7 @@ class Agent:
         for name, label, routes, limit in (
             (istio.LOG_SOCKET_NAME, "log", {istio.LOG_PATH: logs.handle}, MAX_LOG_BODY_BYTES),
             (istio.EVENT_SOCKET_NAME, "event", {istio.EVENT_PATH: events.handle}, MAX_EVENT_BYTES),
-            (CONTROL_SOCKET_NAME, "control", control, 0),
+            (istio.CONTROL_SOCKET_NAME, "control", control, 0),
         ):
             server = WebServer(routes, max_body_bytes=limit, root_only=True, on_refused=self._refusals(label))
             await server.start(self._socket(listen_stream, run_dir / name))
@@ -263,8 +263,13 @@ class Agent:
     # --- what others ask ----------------------------------------------------------------------------------------------
 
     def not_ready(self) -> tuple[str, ...]:
-        """Why not ready."""
-        informers = [informer for informer in (self.pods, self.namespaces) if informer is not None]
+        """Why not ready.
+
+        The first reading of the cluster counts where the original waits for it too: in ambient mode and with repair.
+        Without either, a pod that is not read yet is asked for directly, so the agent is of full use before.
+        """
+        counts = self.settings.ambient_enabled or self.settings.repair_enabled
+        informers = [informer for informer in (self.pods, self.namespaces) if informer is not None and counts]
         waiting = [
             f"{informer.name} of the cluster are not read yet: {informer.state.last_error or 'asking'}"
             for informer in informers

@@ -7,9 +7,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from meshcni import istio
 from meshcni.errors import AgentUnavailableError, MeshCniError
 
-CONTROL_SOCKET_NAME = "control.sock"
 STATUS_PATH = "/status"
 UNINSTALL_PATH = "/uninstall"
 PURGE_QUERY = "purge=true"
@@ -22,7 +22,7 @@ class AgentFailedError(MeshCniError):
 
 def ask(run_dir: str, method: str, target: str) -> dict[str, Any]:
     """Ask the agent of this node; raises AgentUnavailableError when none answers, AgentFailedError for an error."""
-    path = Path(run_dir, CONTROL_SOCKET_NAME)
+    path = Path(run_dir, istio.CONTROL_SOCKET_NAME)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(ANSWER_SECONDS)
