@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import re
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from tests.kernel.conftest import PodMaker
-from tests.kernel.world import VARIANTS, Netns, apply, make_pod
+from tests.kernel.world import KIND, VARIANTS, Netns, apply, make_pod, node_choice
 
 from meshcni.host.backends.iptables import SEARCH_PATH, find_tools
-from meshcni.host.netns import new_netns
+from meshcni.host.netns import new_netns, run_in_netns
+from meshcni.host.redirection import apply_sidecar, verify_sidecar
 from meshcni.pods.interception import Interception
 from meshcni.rules.model import Family
 
@@ -66,6 +68,21 @@ def test_the_hosts_lock_does_not_matter(variant: str, pod: Netns) -> None:
         # Everything an apply may do: fresh, over itself, over something else.
         for parameters in (Interception(), Interception(), Interception(redirect_dns=True, capture_all_dns=True)):
             assert apply(pod, parameters, variant).variant == variant
+
+
+def test_fifty_at_once(variant: str, new_pod: PodMaker) -> None:
+    pods = [new_pod() for _ in range(50)]
+    before = len(os.listdir("/proc/self/fd"))
+
+    def add() -> tuple[str, ...]:
+        apply_sidecar(Interception(), KIND[variant], choice=node_choice(variant))
+        return verify_sidecar(Interception(), KIND[variant], choice=node_choice(variant))
+
+    async def all_at_once() -> list[tuple[str, ...]]:
+        return await asyncio.gather(*(run_in_netns(pod.fd, add) for pod in pods))
+
+    assert asyncio.run(all_at_once()) == [()] * 50
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_pods_do_not_share_a_lock(new_pod: PodMaker) -> None:

@@ -103,7 +103,10 @@ def nft_list(pod: Netns) -> str:
 
 
 def policy(pod: Netns) -> str:
-    """Return policy rules, routes outside the usual tables, and addresses of lo, as `ip` prints them."""
+    """Return policy rules, local routes, and addresses of lo, as `ip` prints them once the kernel has settled them."""
+    for _attempt in range(100):
+        if "tentative" not in pod.shell("ip", "-6", "addr", "show", "dev", "lo"):
+            break
     wanted = [
         ("ip", "-4", "rule"),
         ("ip", "-6", "rule"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from meshcni.errors import ApplyError, MeshCniError, SettingError
+from meshcni.errors import ApplyError, MeshCniError, NetnsError, SettingError
 from meshcni.host import procfs
 from meshcni.host.backends import xtables
 from meshcni.host.backends.iptables import VARIANTS, IptablesBackend, find_tools
@@ -88,7 +88,8 @@ def legacy_rules_here() -> bool:
 def why_unusable(variant: str) -> str:
     """Try the default rules of `variant` in a namespace made for it; return why they cannot be used, empty if they can.
 
-    Only IPv4 is tried: a node without IPv6 modules is fine until a pod with an IPv6 address comes.
+    Only IPv4 is tried: a node without IPv6 modules is fine until a pod with an IPv6 address comes. Without the right to
+    make a namespace (in an init container, say) there is no trial, and the rules themselves show whether they work.
     """
     tools = find_tools(variant)
     if tools is None:
@@ -97,6 +98,8 @@ def why_unusable(variant: str) -> str:
     backend = IptablesBackend(tools)
     try:
         call_in_new_netns(lambda: backend.apply(ruleset))
+    except NetnsError:
+        return ""
     except MeshCniError as error:
         return error.message
     return ""

@@ -16,6 +16,7 @@ from fcntl import ioctl
 from meshcni.errors import ApplyError
 from meshcni.host.backends import families_of, xtables
 from meshcni.host.backends.libnftables import Nft
+from meshcni.host.capabilities import complaint, missing_capabilities
 from meshcni.rules import iptables, plan
 from meshcni.rules.iptables_observed import OWN_PREFIX
 from meshcni.rules.model import BUILT_IN_CHAINS, Backend, Family, Ruleset
@@ -27,6 +28,8 @@ TIMEOUT_SECONDS = 30.0
 MAX_COMPLAINT = 2000  # characters of a tool's standard error in our message
 NS_GET_USERNS = 0xB701  # linux/nsfs.h
 _COMMAND = {Family.V4: "iptables", Family.V6: "ip6tables"}
+_NEEDED_CAPABILITIES = ("CAP_NET_ADMIN", "CAP_NET_RAW")
+_MISSING_MODULE = ("does not exist", "No chain/target/match", "can't initialize")
 _NFT_FAMILY = {Family.V4: "ip", Family.V6: "ip6"}
 
 # A pod has its own tables, so its lock is its own too: the namespace file itself, the child's by the time it opens it.
@@ -232,8 +235,9 @@ def _has_ours(tables: Mapping[str, tuple[str, ...]]) -> bool:
 
 
 def _hint(stderr: str) -> str:
-    if "Permission denied" in stderr or "not permitted" in stderr:
-        return "CAP_NET_ADMIN and CAP_NET_RAW are needed"
-    if "does not exist" in stderr or "Table" in stderr or "No chain/target/match" in stderr:
+    lacking = tuple(capability for capability in missing_capabilities() if capability.name in _NEEDED_CAPABILITIES)
+    if lacking:
+        return complaint(lacking)
+    if any(phrase in stderr for phrase in _MISSING_MODULE):
         return "is a kernel module (xt_REDIRECT, xt_TPROXY, xt_owner, xt_CT, iptable_nat) missing?"
     return "the rules in question are shown by `meshcni rules sidecar`"
