@@ -54,6 +54,7 @@ def killed_at_random(host: Host, seed: int) -> None:
 
 def kills(host: Host, rounds: int) -> dict[str, Any]:
     path = host.write("10-a.conflist", BRIDGE)
+    (host.account / "token").write_text("token.0")
     whole_confs = {BRIDGE}
     for number in range(WRITERS):
         Installation(config(host, number)).look_and_repair()

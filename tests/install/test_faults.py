@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from tests.install.hosts import BRIDGE, Host, Record, running, until
 
-from meshcni.agent.installation import REPAIRS_PER_SECOND, Installation, InstallConfig
+from meshcni.agent.installation import Installation, InstallConfig
 from meshcni.agent.installer import Installer
 from meshcni.errors import InstallError
 
@@ -106,8 +106,8 @@ async def test_a_fight_over_the_conf_is_bounded_and_told(host: Host, caplog: pyt
         await until(lambda: host.types("05-cilium.conflist") == ["bridge", "istio-cni"])
         await until(lambda: installer.ready)
     overwritten = int(out)  # of ours, by the other
-    assert 2 <= overwritten <= 2 + FIGHT_SECONDS * REPAIRS_PER_SECOND + 1
-    assert overwritten <= installer.status.conf_fights <= overwritten + 1
+    assert 2 <= overwritten <= 2 + FIGHT_SECONDS  # of some 120 changes; a fighter that was stalled costs one more
+    assert overwritten <= installer.status.conf_fights
     assert [(path, "cni.exclusive=false" in hint) for path, hint in record.fights] == [(str(path), True)]
     assert any("changed again by somebody else" in entry.message for entry in caplog.records)
 

@@ -98,7 +98,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
     conf_path: str = ""
     wrote: list[str] = field(default_factory=list)  # what was put in place, as sentences
-    repaired: bool = False  # the conf had been in place, and somebody changed it
+    repairs: int = 0  # of a conf that had been in place, until somebody changed it
     held_back_seconds: float = 0.0  # a repair of the conf waits that long because there were too many
 
     @property
@@ -204,7 +204,7 @@ class Installation:
                 outcome.held_back_seconds = (1 - self._repairs) / REPAIRS_PER_SECOND
                 return False
             self._repairs -= 1
-        outcome.repaired = True
+        outcome.repairs += 1
         return True
 
     def _apply_anew(self, outcome: Outcome) -> None:

@@ -189,7 +189,7 @@ class Installer:
                 notes=outcome.notes,
                 conf_path=outcome.conf_path,
                 installs=before.installs + bool(outcome.wrote),
-                conf_fights=before.conf_fights + outcome.repaired,
+                conf_fights=before.conf_fights + outcome.repairs,
             )
         )
         if outcome.held_back_seconds:
