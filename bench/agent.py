@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import ExitStack
 
 from lab.agent import AgentOptions, milliseconds_since, resident_mib
+from lab.apiserver import ApiServer
 from lab.containerd import CONF_NAME
 from lab.mesh import Mesh
 from lab.node import wait_until
 from lab.objects import sidecar_pod
 
-from bench.adds import agent_pid
+from bench.adds import Adds, agent_pid
 from bench.report import Row
 from bench.runs import process_cpu_milliseconds
 from meshcni import istio
@@ -20,6 +22,7 @@ STARTS = 7
 REPAIRS = 7
 IDLE_SECONDS = 20.0
 PODS = 250
+ADDED = 20  # of them, by an ADD
 PAUSE_SECONDS = 0.002
 SETTLE_SECONDS = 2.0  # between two repairs, so that each meets an agent at rest
 WAIT_SECONDS = 20.0
@@ -43,6 +46,7 @@ def starts(mesh: Mesh) -> list[Row]:
 def idling(mesh: Mesh) -> list[Row]:
     """Memory without pods, CPU at rest, memory with pods."""
     mesh.agent.terminate()
+    mesh.api.do(delete_all_pods)
     mesh.agent.start(AgentOptions(nftables=True))
     pid = agent_pid(mesh)
     time.sleep(SETTLE_SECONDS)
@@ -50,10 +54,12 @@ def idling(mesh: Mesh) -> list[Row]:
     time.sleep(IDLE_SECONDS)
     percent = (process_cpu_milliseconds(pid) - before) / (IDLE_SECONDS * 1000) * 100
     idle = resident_mib(pid)
-    known = mesh.api.do(lambda server: len(server.cluster.objects("pods")))
-    for number in range(PODS - known):
+    for number in range(PODS - ADDED):
         mesh.add_object(sidecar_pod("bench", f"there-{number}"))
-    mesh.wait_until_known()
+    with ExitStack() as stack:  # and some of them started, which loads what programming rules needs
+        adds = Adds(mesh, "there-too", [sidecar_pod("bench", f"new-{number}") for number in range(ADDED)], stack)
+        for number in range(ADDED):
+            adds.cost(number)
     loaded = resident_mib(pid)
     return [
         Row("agent: CPU at rest", percent, MAX_IDLE_PERCENT, "%", f"over {IDLE_SECONDS:g} s"),
@@ -75,3 +81,9 @@ def repairs(mesh: Mesh) -> list[Row]:
         times.append(milliseconds_since(begin))
     detail = f"{min(times):.0f} to {max(times):.0f} ms in {REPAIRS} repairs"
     return [Row("agent: conf change to repaired", statistics.median(times), MAX_REPAIR_MS, "ms", detail)]
+
+
+def delete_all_pods(server: ApiServer) -> None:
+    """Take every pod out of the API server."""
+    for pod in server.cluster.objects("pods"):
+        server.delete_pod(pod["metadata"]["namespace"], pod["metadata"]["name"])
