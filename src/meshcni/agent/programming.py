@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,11 @@ class BackendConfig:
 
 
 class Programmer:
-    """Programs pods, as many at once as there are CPUs: more would only take turns."""
+    """Programs pods, as many at once as there are CPUs: more would only take turns.
+
+    A netns is programmed by one ADD at a time. A runtime that gives up on a plugin sends the ADD again while the first
+    one is still at work, and of two at once each would add its entries, or one would undo what the other has reported.
+    """
 
     def __init__(
         self, config: BackendConfig, on_choice: Callable[[Backend, VariantChoice], None] = lambda backend, choice: None
@@ -49,6 +54,8 @@ class Programmer:
         self._on_choice = on_choice
         self._choosing = asyncio.Lock()
         self._slots = asyncio.Semaphore(max(2, os.cpu_count() or 1))
+        self._locks: weakref.WeakValueDictionary[int, asyncio.Lock] = weakref.WeakValueDictionary()  # by netns inode
+        self._working: set[asyncio.Task[Applied]] = set()
 
     async def prepare(self) -> None:
         """Choose the iptables variant before the first ADD needs it; a failure is logged and met again there."""
@@ -69,8 +76,18 @@ class Programmer:
             family_policy=self.config.family_policy,
             expected_addresses=expected,
         )
-        async with self._slots:
-            return await run_in_netns(netns_fd, apply)
+        work = asyncio.get_running_loop().create_task(self._alone(os.dup(netns_fd), apply))
+        self._working.add(work)
+        work.add_done_callback(self._working.discard)
+        return await asyncio.shield(work)  # who stops waiting must not give the netns free before the work has ended
+
+    async def _alone(self, own_fd: int, apply: Callable[[], Applied]) -> Applied:
+        try:
+            lock = self._locks.setdefault(os.fstat(own_fd).st_ino, asyncio.Lock())
+            async with lock, self._slots:
+                return await run_in_netns(own_fd, apply)
+        finally:
+            os.close(own_fd)
 
     async def _choose(self) -> VariantChoice:
         async with self._choosing:
