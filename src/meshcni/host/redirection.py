@@ -170,15 +170,15 @@ def program(
             raise ApplyError(
                 f"after programming, the kernel lacks: {', '.join(absent)}", "does something else program this pod?"
             )
-    except ApplyError as error:
+    except (MeshCniError, OSError) as error:
         _undo(ruleset, (chosen, *others), error)
         raise
     processes = sum(backend.processes for backend in (chosen, *others))
     return Applied(kind, chosen.variant, ruleset.families, plan.digest(ruleset), processes, changed, reason, ruleset)
 
 
-def _undo(ruleset: Ruleset, backends: tuple[PacketBackend, ...], cause: ApplyError) -> None:
-    """Leave nothing of ours; what cannot be taken out is added to the message of `cause`."""
+def _undo(ruleset: Ruleset, backends: tuple[PacketBackend, ...], cause: Exception) -> None:
+    """Leave nothing of ours; what cannot be taken out is noted on `cause`."""
     for backend in backends:
         try:
             if backend.holds_ours():

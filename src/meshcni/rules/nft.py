@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from meshcni import istio
 from meshcni.errors import RulesError
@@ -17,6 +18,7 @@ from meshcni.rules.model import BUILT_IN_CHAINS, Chain, Ruleset, Table, TableNam
 from meshcni.rules.nft_rule import chain_name, listed, written
 
 TABLES = (TableName.NAT, TableName.MANGLE, TableName.RAW)
+REMEMBERED = 64  # texts: most pods of a node have the same parameters
 
 # Type, hook and priority of base chains. Priorities are numbers, because 1.0.6 refuses `dstnat` in an output chain.
 BASE_CHAINS: dict[tuple[TableName, str], tuple[str, str, int]] = {
@@ -49,6 +51,7 @@ def table_name(name: TableName) -> str:
     return istio.NFT_TABLE_PREFIX + name.value
 
 
+@lru_cache(REMEMBERED)
 def render(ruleset: Ruleset, *, with_whys: bool = False) -> str:
     """Return the transaction that replaces whatever is in our tables by `ruleset`.
 
@@ -122,6 +125,7 @@ class ObservedTables:
     foreign: tuple[str, ...] = ()
 
 
+@lru_cache(REMEMBERED)
 def expected(ruleset: Ruleset) -> ObservedTables:
     """Return our tables as `parse` will find them."""
     return ObservedTables(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from ipaddress import IPv6Address
 
 from meshcni import istio
@@ -72,6 +73,7 @@ MAX_IPTABLES_OWNER_GROUPS = 49
 _MAX_INTERFACE_BYTES = 15  # IFNAMSIZ - 1, linux/if.h
 
 
+@lru_cache(64)  # most pods of a node have the same parameters
 def sidecar_ruleset(parameters: Interception, families: frozenset[Family], backend: Backend) -> Ruleset:
     """Return what `parameters` ask for in a netns that has `families`, as `backend` spells it.
 
