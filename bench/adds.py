@@ -21,7 +21,7 @@ from lab.objects import sidecar_pod, unmeshed_pod
 from lab.plugin import PodNetns, environment_for, stdin_for
 
 from bench.report import Row, ratio
-from bench.runs import Command, Cost, interleaved, median, process_cpu_milliseconds, run, start_here
+from bench.runs import Command, Cost, interleaved, process_cpu_milliseconds, run, start_here, typical
 from meshcni import istio
 from meshcni.pods.annotations import derive_interception
 from meshcni.pods.model import pod_from_object
@@ -29,7 +29,7 @@ from meshcni.rules import iptables, nft
 from meshcni.rules.model import Backend, Family
 from meshcni.rules.sidecar import sidecar_ruleset
 
-ROUNDS = 30
+ROUNDS = 40
 WARM_UP = 5
 AT_ONCE = 50
 TRACED = 10
@@ -87,7 +87,7 @@ def unmeshed(mesh: Mesh) -> list[Row]:
         for number in range(WARM_UP):
             adds.cost(ROUNDS + number)
         costs = interleaved(ROUNDS, {"add": adds.cost, "portmap": lambda _: run(mesh.node, portmap)})
-    add, yardstick = median(costs["add"]), median(costs["portmap"])
+    add, yardstick = typical(costs["add"]), typical(costs["portmap"])
     return [
         ratio("ADD, pod not in the mesh: wall", add.wall, yardstick.wall, MAX_UNMESHED, "portmap VERSION"),
         ratio("ADD, pod not in the mesh: CPU with agent", add.cpu, yardstick.cpu, MAX_UNMESHED, "portmap VERSION"),
@@ -113,7 +113,7 @@ def sidecar(mesh: Mesh, backend: Backend) -> list[Row]:
             for number in traced:
                 run(mesh.node, adds.command(number))
         processes = len(executed) / len(traced)
-    add, hand = median(costs["add"]), median(costs["hand"])
+    add, hand = typical(costs["add"]), typical(costs["hand"])
     what = f"ADD, sidecar pod, {backend.value}"
     rows = [
         ratio(f"{what}: wall", add.wall, hand.wall, MAX_SIDECAR, by_hand),

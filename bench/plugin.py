@@ -12,7 +12,7 @@ from lab.objects import sidecar_pod
 from lab.plugin import PodNetns, environment_for, stdin_for
 
 from bench.report import Row, ratio
-from bench.runs import Command, Cost, interleaved, median, peak_memory_mib, run
+from bench.runs import Command, Cost, interleaved, peak_memory_mib, run, typical
 from meshcni import istio
 
 ROUNDS = 60
@@ -40,11 +40,11 @@ def measure(mesh: Mesh) -> list[Row]:
         memory = {
             name: peak_memory_mib(mesh.node, commands[name]) for name in ("VERSION", "DEL", "ADD, excluded namespace")
         }
-    yardstick, true = median(costs["portmap"]), median(costs["true"])
+    yardstick, true = typical(costs["portmap"]), typical(costs["true"])
     note = f"/bin/true takes {true.wall:.2f} ms of wall clock, {true.cpu:.2f} ms of CPU"
     rows = []
     for name in CASES:
-        cost = median(costs[name])
+        cost = typical(costs[name])
         rows.append(ratio(f"plugin {name}: wall", cost.wall, yardstick.wall, MAX_RATIO, "portmap VERSION"))
         rows.append(ratio(f"plugin {name}: CPU", cost.cpu, yardstick.cpu, MAX_RATIO, "portmap VERSION"))
         rows.append(Row(f"plugin {name}: peak memory", memory[name], MAX_MEMORY_MIB, "MiB", note))
