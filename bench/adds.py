@@ -159,7 +159,8 @@ def write_texts(mesh: Mesh, pod: Mapping[str, Any], backend: Backend) -> list[tu
     parameters = derive_interception(pod_from_object(pod)).interception
     ruleset = sidecar_ruleset(parameters, BOTH, backend)
     if backend is Backend.NFTABLES:
-        texts = [(["/usr/sbin/nft", "-f", "-"], nft.render(ruleset))]
+        # Without the deletions, which make the kernel wait 10 ms: the netns are fresh, and the agent sends none either.
+        texts = [(["/usr/sbin/nft", "-f", "-"], nft.render(ruleset).removeprefix(nft.render_removal()))]
     else:
         tools = {Family.V4: "/usr/sbin/iptables-restore", Family.V6: "/usr/sbin/ip6tables-restore"}
         texts = [([tool, "--noflush"], iptables.render(ruleset, family)) for family, tool in tools.items()]
