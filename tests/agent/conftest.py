@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.agent.contract import Node
 from tests.agent.scene import Scene, new_scene
 
 
@@ -11,3 +12,8 @@ from tests.agent.scene import Scene, new_scene
 def scene(tmp_path: Path) -> Iterator[Scene]:
     with new_scene(tmp_path) as made:
         yield made
+
+
+@pytest.fixture
+def node(scene: Scene) -> Node:
+    return Node(scene)

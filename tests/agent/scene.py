@@ -170,6 +170,8 @@ class Agent:
 class Scene:
     """Directories, API double and netns of one node; agents are started in it and ended with it."""
 
+    program: tuple[str, ...] = (sys.executable, "-m", "meshcni.agent")
+
     def __init__(self, directory: Path, netns: str, api: ServerThread, stack: ExitStack) -> None:
         self.directory = directory
         self.netns = netns
@@ -207,7 +209,7 @@ class Scene:
         return call_in_netns(
             self.netns,
             lambda: subprocess.run(
-                (sys.executable, "-m", "meshcni.agent", *arguments),
+                (*self.program, *arguments),
                 env=self.environment() | environment,
                 capture_output=True,
                 text=True,
@@ -223,7 +225,7 @@ class Scene:
         def begin() -> subprocess.Popen[bytes]:
             with log.open("wb") as output:
                 return subprocess.Popen(
-                    (sys.executable, "-m", "meshcni.agent", *arguments),
+                    (*self.program, *arguments),
                     env=self.environment() | environment,
                     stdout=output,
                     stderr=subprocess.STDOUT,

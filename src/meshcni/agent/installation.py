@@ -223,7 +223,7 @@ class Installation:
         for change in found.changes:
             own_file = not self.policy.chained or (self.policy.uses_owned and change.name == self.policy.owned_name)
             mode = (0o640 if self.config.conf_group_read else 0o600) if own_file else None
-            done.append(carry_out(self.config.conf_dir, change, states, mode=mode, like=found.converted))
+            done.append(carry_out(self.config.conf_dir, change, states, mode=mode))
 
     def _sweep(self, directory: ConfDir) -> None:
         """Once in a life, remove what a killed predecessor left half-written."""
@@ -306,7 +306,7 @@ class Installation:
     def _remove_binary(self) -> list[str]:
         paths = [os.path.join(base, istio.PLUGIN_NAME) for base in self.config.binary_target_dirs]
         for path in paths:
-            files.remove_stale_temps(path)
+            files.remove_stale_temps(path, "*")
         with contextlib.suppress(FileNotFoundError):
             files.remove(self.config.marker_path)
         self._binaries_seen.clear()

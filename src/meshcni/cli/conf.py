@@ -151,7 +151,7 @@ def _edit(command: str, folder: str, name: str, parsed: ParsedFlags) -> int:
     if _is_on(parsed, "dry-run"):
         return 0
     for change in found.changes:
-        print(carry_out(folder, change, states, like=found.converted), file=sys.stderr)
+        print(carry_out(folder, change, states), file=sys.stderr)
     if not found.changes:
         print(f"{name} is as it should be; nothing was changed", file=sys.stderr)
     return 0

@@ -69,10 +69,11 @@ class ConfDir:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Write a file, or remove it (`data` is None)."""
+    """Write a file, or remove it (`data` is None). A new file gets mode and owner of the one named `like`, if any."""
 
     name: str
     data: bytes | None
+    like: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ def _chained(directory: ConfDir, policy: ConfPolicy, valid: Mapping[str, Documen
     if target != primary:
         _check_overwrite(directory, primary, target)
         converted = primary
-        changes = [Change(target, wanted), Change(primary, None)]
+        changes = [Change(target, wanted, like=primary), Change(primary, None)]
     elif wanted != data:
         changes = [Change(target, wanted)]
     if policy.conf_name:
@@ -298,7 +299,7 @@ def _taken_out(
     single = _backup_that_says_the_same(name, rest, policy, backups)
     if single and directory.files.get(single, backups[single]) == backups[single]:
         # The single network first: it sorts before the list, so the runtime never finds neither.
-        restored = [] if single in directory.files else [Change(single, backups[single])]
+        restored = [] if single in directory.files else [Change(single, backups[single], like=name)]
         return [*restored, Change(name, None)]
     return [Change(name, rest)]
 

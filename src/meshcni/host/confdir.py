@@ -33,13 +33,11 @@ def read_conf_dir(path: str, also: str = "") -> tuple[ConfDir, dict[str, FileSta
     return ConfDir(path, found, unreadable, frozenset(folders)), states
 
 
-def carry_out(
-    path: str, change: Change, states: Mapping[str, FileState], *, mode: int | None = None, like: str = ""
-) -> str:
+def carry_out(path: str, change: Change, states: Mapping[str, FileState], *, mode: int | None = None) -> str:
     """Carry out one change in `path`; returns what was done, as a sentence.
 
-    A written file keeps its own mode and owner; a new one gets those of the file named `like`, if any, and `mode` goes
-    before both. Raises OSError, and FileChangedError when the file is no longer in the state that was read.
+    A written file keeps its own mode and owner, a new one gets those of `change.like`; `mode` goes before both.
+    Raises OSError, and FileChangedError when the file is no longer in the state that was read.
     """
     target = os.path.join(path, change.name)
     expected = states.get(change.name, files.ABSENT)
@@ -47,7 +45,7 @@ def carry_out(
         files.remove(target, expected=expected)
         return f"removed {target}"
     files.remove_stale_temps(target)
-    model = os.path.join(path, like) if like and change.name not in states else None
+    model = os.path.join(path, change.like) if change.like and change.name not in states else None
     files.write_atomically(target, change.data, mode=mode, like=model, expected=expected)
     return f"wrote {target}"
 

@@ -149,7 +149,7 @@ def same_file_content(source: str, target: str) -> bool:
 
 def copy_by_rename(source: str, target: str) -> bool:
     """Make `target` a copy of `source` with its mode, also while it is being executed; False when it is one already."""
-    remove_stale_temps(target)
+    remove_stale_temps(target, "*")  # of an executable nobody keeps a backup by that name; upstream removes all too
     if not os.path.islink(target) and same_file_content(source, target):
         return False
     temp, fd = _make_temp(target)
@@ -172,9 +172,9 @@ def copy_by_rename(source: str, target: str) -> bool:
     return True
 
 
-def remove_stale_temps(path: str) -> list[str]:
+def remove_stale_temps(path: str, endings: str = "[0-9]*") -> list[str]:
     """Remove what a killed writer of `path` left beside it; the caller must be its only writer, or hold the lock."""
-    found = glob.glob(glob.escape(path) + TEMP_MARK + "[0-9]*")
+    found = glob.glob(glob.escape(path) + TEMP_MARK + endings)
     for temp in found:
         with contextlib.suppress(OSError):
             os.unlink(temp)
