@@ -137,9 +137,9 @@ class LineFormatter(logging.Formatter):
             }
             document = {key: value for key, value in known.items() if value}
             document |= {key: value for key, value in values.items() if key not in JSON_KEYS}
-            return json.dumps(document, default=str)
+            return json.dumps(document, separators=(",", ":"), default=str)
         parts = [time, level, "" if scope == DEFAULT else scope, caller, printable(message)]
-        parts.append(" ".join(f"{key}={printable(str(value))}" for key, value in values.items()))
+        parts.append(" ".join(f"{key}={printable(_text(value))}" for key, value in values.items()))
         line = "\t".join(part for part in parts if part)
         return f"{line}\n{stack}" if stack else line
 
@@ -150,6 +150,11 @@ class LineFormatter(logging.Formatter):
         if record.levelno < self.shape.stacks.of(scope):
             return ""
         return "".join(traceback.format_stack(_caller_frame())).rstrip()
+
+
+def _text(value: object) -> str:
+    """A label's value on the console: what JSON has words of its own for in those, not in Python's."""
+    return json.dumps(value) if isinstance(value, bool | list | dict | None) else str(value)
 
 
 def _caller_frame() -> FrameType | None:

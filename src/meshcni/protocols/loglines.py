@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from meshcni.errors import ProtocolError
 
@@ -22,12 +23,15 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """One line of a plugin: `time` is RFC 3339 as sent, `labels` are the remaining keys as printable text."""
+    """One line of a plugin: `time` is RFC 3339 as sent, `labels` are the remaining keys with any JSON value.
+
+    Message, keys and text values are printable; text inside a list or object is as sent, and escaped as JSON.
+    """
 
     time: str
     level: str
     message: str
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ def decode_lines(body: bytes) -> LogBatch:
 def _decode_line(entry: str) -> LogLine | str:
     """Return the line, or why it is dropped."""
     try:
-        values = json.loads(entry)
+        values = json.loads(entry, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return "entry is not JSON"
     if not isinstance(values, dict):
@@ -78,12 +82,18 @@ def _decode_line(entry: str) -> LogLine | str:
     if not _RFC3339.fullmatch(values["time"]):
         return f"time {printable(values['time'])[:40]!r} is not RFC 3339"
     rest = [(key, value) for key, value in values.items() if key not in ("msg", "level", "time")][:MAX_LABELS]
-    labels = {printable(key)[:200]: _label_text(value) for key, value in rest}
+    labels = {printable(key)[:200]: _label(value) for key, value in rest}
     message = printable(values["msg"].strip())[:MAX_MESSAGE_CHARACTERS]
     return LogLine(values["time"], values["level"], message, labels)
 
 
-def _label_text(value: object) -> str:
-    """Any JSON value as one line."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return printable(text)[:MAX_MESSAGE_CHARACTERS]
+def _label(value: object) -> object:
+    """A value that prints on one line: as sent, or the beginning of its text when that is too long for a line."""
+    if isinstance(value, str):
+        return printable(value)[:MAX_MESSAGE_CHARACTERS]
+    text = json.dumps(value)
+    return value if len(text) <= MAX_MESSAGE_CHARACTERS else text[:MAX_MESSAGE_CHARACTERS]
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
