@@ -6,6 +6,7 @@ afterwards; processes started there inherit the namespace. The main thread never
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import ctypes
 import os
@@ -115,7 +116,7 @@ def call_in_netns(fd: int, function: Callable[[], T]) -> T:
 
 def enter(fd: int) -> None:
     """Move the calling thread, which must not be the main one, into the network namespace `fd` for good."""
-    if threading.current_thread() is threading.main_thread():
+    if threading.get_ident() == threading.main_thread().ident:
         raise RuntimeError("the main thread must keep its network namespace")
     if _libc.setns(fd, CLONE_NEWNET) != 0:
         number = ctypes.get_errno()
@@ -201,7 +202,7 @@ async def run_in_netns(fd: int, function: Callable[[], T]) -> T:
         slots.release()
         raise NetnsError(f"the pod's network namespace is gone: {error}") from None
     try:
-        threading.Thread(target=work, args=(own_fd,), name="netns").start()
+        _thread.start_new_thread(work, (own_fd,))  # nobody joins it, so the event loop need not wait for its start
     except RuntimeError as error:
         os.close(own_fd)
         slots.release()

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fcntl import ioctl
+from functools import lru_cache
 
 from meshcni.errors import ApplyError
 from meshcni.host.backends import families_of, xtables
@@ -47,6 +48,7 @@ class Tools:
     nsenter: str = ""
 
 
+@lru_cache(16)  # an image's tools stay where they are
 def find_tools(variant: str, search_path: tuple[str, ...] = SEARCH_PATH) -> Tools | None:
     """Find the commands of `variant` (`nft` or `legacy`), None when the IPv4 ones are not all there.
 

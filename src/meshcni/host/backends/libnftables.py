@@ -1,7 +1,8 @@
 """nft in this process: commands for the network namespace of the calling thread through Debian's libnftables binding.
 
-A context opens its socket when it is made, so it belongs to the namespace of the thread that makes it, and lives for
-one call. The library keeps global state, so contexts are used one at a time; a call takes about a millisecond.
+A context opens its socket when it is made, so it belongs to the namespace of the thread that makes it, and lives as
+long as the `Nft` that stands for one operation there. The library keeps global state, so contexts are made and used one
+at a time; a call takes about a millisecond.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 import socket
 import threading
 from collections.abc import Mapping
+from typing import Protocol
 
 from meshcni.errors import ApplyError
 
@@ -23,27 +25,27 @@ class NftUnavailableError(ApplyError):
     """There is no nftables here: neither the library nor, perhaps, the kernel's side."""
 
 
-def _run(commands: str) -> str:
-    """Execute nft `commands` as one transaction and return what they print, without counter values.
+class Context(Protocol):
+    """What of the binding's `Nftables` is used."""
 
-    Raises ApplyError with nft's own message, NftUnavailableError when library or kernel lack nftables.
-    """
+    def cmd(self, cmdline: str) -> tuple[int, str, str]:
+        """Execute commands: status, output, errors."""
+
+
+def _new_context() -> Context:
+    """Return a context of the calling thread's namespace; the caller holds the lock. Raises NftUnavailableError."""
     try:
         from nftables import Nftables
     except ImportError:
         raise NftUnavailableError("Python's nftables module is missing", "install python3-nftables") from None
-    with _one_at_a_time:
-        _check_socket()
-        try:
-            context = Nftables()
-        except OSError as error:
-            raise NftUnavailableError(f"libnftables cannot be loaded: {error}", "install libnftables1") from None
-        context.set_stateless_output(True)
-        status, output, errors = context.cmd(commands)
-        del context
-    if status != 0:
-        raise _explain(str(errors).strip())
-    return str(output)
+    _check_socket()
+    try:
+        context = Nftables()
+    except OSError as error:
+        raise NftUnavailableError(f"libnftables cannot be loaded: {error}", "install libnftables1") from None
+    context.set_stateless_output(True)
+    made: Context = context
+    return made
 
 
 def _check_socket() -> None:
@@ -69,16 +71,17 @@ class Nft:
     """nft for one operation in one namespace; remembers which chains there are until something changes them."""
 
     def __init__(self) -> None:
+        self._context: Context | None = None
         self._chains: Mapping[tuple[str, str], tuple[str, ...]] | None = None
 
     def change(self, commands: str) -> None:
         """Execute `commands` as one transaction. Raises ApplyError."""
         self.forget()
-        _run(commands)
+        self._run(commands)
 
     def show(self, command: str) -> str:
         """Return what a `list` command prints, without counter values. Raises ApplyError."""
-        return _run(command)
+        return self._run(command)
 
     def chains(self) -> Mapping[tuple[str, str], tuple[str, ...]]:
         """Return the chain names of every table, by (nft family, table), in listing order.
@@ -87,7 +90,7 @@ class Nft:
         """
         if self._chains is None:
             try:
-                self._chains = _read_chains(_run("list chains"))
+                self._chains = _read_chains(self._run("list chains"))
             except NftUnavailableError:
                 self._chains = {}
         return self._chains
@@ -95,6 +98,19 @@ class Nft:
     def forget(self) -> None:
         """Look again next time: somebody else, such as an iptables command, changed something."""
         self._chains = None
+
+    def _run(self, commands: str) -> str:
+        """Execute nft `commands` as one transaction and return what they print, without counter values.
+
+        Raises ApplyError with nft's own message, NftUnavailableError when library or kernel lack nftables.
+        """
+        with _one_at_a_time:
+            if self._context is None:
+                self._context = _new_context()
+            status, output, errors = self._context.cmd(commands)
+        if status != 0:
+            raise _explain(str(errors).strip())
+        return str(output)
 
 
 def _read_chains(listing: str) -> Mapping[tuple[str, str], tuple[str, ...]]:
