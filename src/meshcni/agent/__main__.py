@@ -8,14 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from meshcni.errors import MeshCniError
+from meshcni.errors import MeshCniError, UsageError
 
 Command = Callable[[Sequence[str]], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = _command_first(list(sys.argv[1:] if arguments is None else arguments))
     command = COMMANDS.get(given[0]) if given else None
     try:
         return command[0](given[1:]) if command else _agent(given)
@@ -26,6 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:  # the reader of our output went away
         return 1
+
+
+def _command_first(arguments: list[str]) -> list[str]:
+    """The arguments with the sub-command, if there is one, before the flags of every command that preceded it."""
+    if not arguments or not arguments[0].startswith("--"):
+        return arguments
+    from meshcni.agent.subcommands import PERSISTENT
+    from meshcni.pflag import parse
+
+    try:
+        rest = parse(PERSISTENT, arguments, interspersed=False).rest
+    except UsageError:  # a flag of the agent's own
+        return arguments
+    return [*rest[:1], *arguments[: len(arguments) - len(rest)], *rest[1:]]
 
 
 def _agent(arguments: Sequence[str]) -> int:

@@ -19,18 +19,25 @@ SHORT = Flag("short", "s", "bool", help="only the version")
 PURGE = Flag("purge", kind="bool", help="remove the plugin as well")
 RUN_DIR = Flag("cni-agent-run-dir", default=istio.RUN_DIR, help="run directory of the agent")
 
+# Upstream's flags of every command (pkg/log/options.go, pkg/ctrlz/options.go); here they act on the agent alone.
+PERSISTENT = (
+    *(Flag(name) for name in ("log_output_level", "log_stacktrace_level", "log_caller", "ctrlz_port", "ctrlz_address")),
+    Flag("log_as_json", kind="bool"),
+    Flag("log_target", kind="strings"),
+)
+
 
 def version(arguments: Sequence[str]) -> int:
     """Print the version; `-o yaml|json` and `-s` as upstream."""
-    parsed = _only_flags(parse((SHORT, OUTPUT), arguments))
+    parsed = _only_flags(parse((SHORT, OUTPUT, *PERSISTENT), arguments))
     facts = {"version": __version__, "python": platform.python_version(), "machine": platform.machine()}
     form = _output(parsed, ("", "yaml", "json"))
-    if go_bool(parsed.text("short") or "false"):
-        text = __version__
-    elif form == "json":
+    if form == "json":
         text = json.dumps({"clientVersion": facts}, indent=2)
     elif form == "yaml":
         text = "\n".join(["clientVersion:", *(f'  {key}: "{value}"' for key, value in facts.items())])
+    elif go_bool(parsed.text("short") or "false"):
+        text = __version__
     else:
         text = f"install-cni {__version__} (meshcni, Python {facts['python']}, {facts['machine']})"
     sys.stdout.write(text + "\n")
@@ -57,7 +64,7 @@ def status(arguments: Sequence[str]) -> int:
     """Print what the running agent says of itself; exit status 1 when it is not ready."""
     from meshcni.agent.statustext import as_text
 
-    parsed = _only_flags(parse((OUTPUT, RUN_DIR), arguments))
+    parsed = _only_flags(parse((OUTPUT, RUN_DIR, *PERSISTENT), arguments))
     form = _output(parsed, ("", "json"))
     document = ask(_run_dir(parsed), "GET", STATUS_PATH)
     sys.stdout.write((json.dumps(document, indent=2) if form == "json" else as_text(document)) + "\n")
