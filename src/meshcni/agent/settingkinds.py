@@ -8,8 +8,10 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from meshcni import pflag
+from meshcni.cni.spec import MAX_AGENT_WAIT_SECONDS
 from meshcni.pflag import go_bool, go_int
 from meshcni.pods.selectors import EnablementSelector, parse_enablement_selectors
+from meshcni.pods.values import read_group_selection, read_id_ranges, read_loopback
 
 LEVELS = ("debug", "info", "warn", "error", "fatal", "none")  # pkg/log/options.go
 
@@ -35,11 +37,14 @@ def _bounded(first: int, last: int) -> Callable[[str], int]:
     return read
 
 
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 86400:
-        raise ValueError(f"{text} is not in 0..86400")
-    return int(number) if number.is_integer() else number
+def _seconds_up_to(most: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        number = float(text)
+        if not 0 < number <= most:
+            raise ValueError(f"{text} is not in 0..{most:.0f}")
+        return int(number) if number.is_integer() else number
+
+    return read
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -101,6 +106,16 @@ def choice(*words: str) -> Kind:
     return Kind("choice", "one of " + ", ".join(word or "(empty)" for word in words), read)
 
 
+def _checked(name: str, form: str, read: Callable[[str], Any]) -> Kind:
+    """A kind that keeps the text, for whoever reads it later, once `read` can make something of it."""
+
+    def check(text: str) -> str:
+        read(text)
+        return text
+
+    return Kind(name, form, check)
+
+
 def _show_bool(value: bool) -> str:
     return "true" if value else "false"
 
@@ -115,11 +130,20 @@ OPTIONAL_PORT = Kind("port", "a port up to 65535; 0 or less turns it off", _boun
 FILE_MODE = Kind(
     "file mode", "a file mode; 0600 is octal, 384 the same in decimal", _bounded(0, 0o7777), "0{:o}".format, "int"
 )
-SECONDS = Kind("seconds", "a number of seconds above 0, at most 86400", _seconds)
+SECONDS = Kind("seconds", "a number of seconds above 0, at most 86400", _seconds_up_to(86400))
+# The plugin refuses every ADD whose conf says more, that of our own pod too.
+AGENT_WAIT = Kind(
+    "seconds",
+    f"a number of seconds above 0, at most {MAX_AGENT_WAIT_SECONDS:.0f}",
+    _seconds_up_to(MAX_AGENT_WAIT_SECONDS),
+)
 NAMES = Kind("names", "names separated by commas", _names, ",".join)
 DIRECTORY = Kind("directory", "an absolute path", _directory)
 FILE_NAME = Kind("file name", "a file name without path", _file_name)
 CONFLIST_NAME = Kind("file name", "a file name without path that ends in .conflist", _conflist_name)
+LOOPBACK = _checked("prefix", "a prefix within 127.0.0.0/8, such as 127.0.0.1/32", read_loopback)
+GROUPS = _checked("groups", "* or group ids like 202,1000-1999", read_group_selection)
+GROUPS_EXCLUDED = _checked("groups", "group ids like 202,1000-1999", read_id_ranges)
 IPV4 = Kind("IPv4 address", "an IPv4 address", IPv4Address)
 IPV6 = Kind("IPv6 address", "an IPv6 address", IPv6Address)
 LOG_LEVELS = Kind(

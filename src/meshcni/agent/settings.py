@@ -14,15 +14,19 @@ from typing import TypeVar
 
 from meshcni import istio
 from meshcni.agent.settingkinds import (
+    AGENT_WAIT,
     BOOLEAN,
     CONFLIST_NAME,
     DIRECTORY,
     FILE_MODE,
     FILE_NAME,
+    GROUPS,
+    GROUPS_EXCLUDED,
     INTEGER,
     IPV4,
     IPV6,
     LOG_LEVELS,
+    LOOPBACK,
     NAMES,
     OPTIONAL_PORT,
     PORT,
@@ -133,7 +137,7 @@ class Settings:
     kube_ca_file: str = _setting(
         "", TEXT, INSTALL, "CA to write into the kubeconfig; empty: ca.crt of the service account", flag="kube-ca-file")
     skip_tls_verify: bool = _setting(
-        False, BOOLEAN, INSTALL, "the kubeconfig, and the agent, check no server certificate", flag="skip-tls-verify")
+        False, BOOLEAN, INSTALL, "readers of the kubeconfig check no server certificate", flag="skip-tls-verify")
     cni_binary_source_dir: str = _setting(
         istio.BINARY_SOURCE_DIR, DIRECTORY, INSTALL, "where the plugin is in the image", env="CNI_BINARY_SOURCE_DIR",
         ours=True)
@@ -160,16 +164,15 @@ class Settings:
         "IPv6 rules: when the netns has a global IPv6 address; original: when its first one is, or ISTIO_DUAL_STACK",
         env="FAMILY_POLICY", ours=True)
     agent_wait_seconds: float = _setting(
-        20, SECONDS, PODS, "how long the plugin waits for the agent before the ADD fails; goes into the conf",
+        20, AGENT_WAIT, PODS, "how long the plugin waits for the agent before the ADD fails; goes into the conf",
         env="AGENT_WAIT_SECONDS", ours=True)
     outbound_ipv4_loopback_cidr: str = _setting(
-        "", TEXT, PODS, "loopback range, for proxies that do not set it", env="ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR")
+        "", LOOPBACK, PODS, "loopback range, for proxies that do not set it", env="ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR")
     outbound_owner_groups: str = _setting(
-        "", TEXT, PODS, "groups to capture, for proxies that do not set it", env="ISTIO_OUTBOUND_OWNER_GROUPS")
+        "", GROUPS, PODS, "groups to capture, for proxies that do not set it", env="ISTIO_OUTBOUND_OWNER_GROUPS")
     outbound_owner_groups_exclude: str = _setting(
-        "", TEXT, PODS, "groups to leave out, for proxies that do not set it",
+        "", GROUPS_EXCLUDED, PODS, "groups to leave out, for proxies that do not set it",
         env="ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE")
-    envoy_user: str = _setting("", TEXT, PODS, "user of the proxy, for proxies that do not set it", env="ENVOY_USER")
 
     # --- cluster and node ---------------------------------------------------------------------------------------------
     kubernetes_service_host: str = _setting("", TEXT, CLUSTER, "API server address", env="KUBERNETES_SERVICE_HOST")
@@ -306,6 +309,9 @@ class Settings:
     current_agent_version: str = _setting(
         "", TEXT, UNUSED, "set by the chart, read by nothing", env="CURRENT_AGENT_VERSION")
     gomemlimit: str = _setting("", TEXT, UNUSED, "a knob of Go's runtime", env="GOMEMLIMIT")
+    envoy_user: str = _setting(
+        "", TEXT, UNUSED, f"of no effect in CNI mode, where a proxy without a user of its own has {istio.PROXY_UID}",
+        env=istio.ENV_ENVOY_USER)
     dry_run_file_path: str = _setting(
         "", TEXT, UNUSED, "the agent programs nothing dry; `meshcni rules` prints rules", env="DRY_RUN_FILE_PATH")
 
@@ -334,7 +340,6 @@ class Settings:
             istio.ENV_LOOPBACK_CIDR: self.outbound_ipv4_loopback_cidr,
             istio.ENV_OWNER_GROUPS: self.outbound_owner_groups,
             istio.ENV_OWNER_GROUPS_EXCLUDE: self.outbound_owner_groups_exclude,
-            istio.ENV_ENVOY_USER: self.envoy_user,
         }
         return {name: value for name, value in values.items() if value}
 

@@ -174,6 +174,10 @@ BAD_VALUES = [
     ("AGENT_WAIT_SECONDS", "nan", "seconds"),
     ("AGENT_WAIT_SECONDS", "0", "seconds"),
     ("AGENT_WAIT_SECONDS", "20s", "seconds"),
+    ("AGENT_WAIT_SECONDS", "601", "at most 600"),  # the plugin would refuse every ADD with such a conf
+    ("ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR", "10.0.0.0/8", "within 127.0.0.0/8"),
+    ("ISTIO_OUTBOUND_OWNER_GROUPS", "admins", "group ids"),
+    ("ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE", "*", "group ids"),
     ("FORCE_IPTABLES_BINARY", "ebtables", "legacy, nft"),
     ("FAMILY_POLICY", "both", "by-address, original"),
     ("HOST_PROBE_SNAT_IP", "::1", "an IPv4 address"),
