@@ -63,7 +63,7 @@ def forbid_effects(event: str, arguments: tuple[object, ...]) -> None:
 sys.addaudithook(forbid_effects)
 
 
-def forbid_thread(*_: object) -> None:
+def forbid_thread(*_: object, **__: object) -> None:
     raise ImpureTestError("a pure test started a thread")
 
 
