@@ -126,10 +126,13 @@ def read_owners(text: str, lookup: Callable[[str], int | None]) -> NumberRange:
 
 
 def read_interface(text: str) -> str:
-    """Read the name of an interface; a final `+` stands for any rest, to iptables."""
-    if not _INTERFACE.fullmatch(text):
+    """Read the name of an interface; a final `+`, or `*` as nft writes it, stands for any rest."""
+    name = f"{text[:-1]}+" if text.endswith("*") else text
+    if not _INTERFACE.fullmatch(name):
         raise ValueError(f"{text!r} is no interface name: at most 15 letters, digits and '_.:@-'")
-    return text
+    if name == "+":
+        raise ValueError(f"{text!r} is every interface, so that nothing would be redirected")
+    return name
 
 
 def read_excluded_prefix(text: str) -> Network:

@@ -42,14 +42,14 @@ class Backend(Enum):
 
 @dataclass(frozen=True, slots=True)
 class InInterface:
-    """Arrived on interface `name` (at most 15 bytes)."""
+    """Arrived on interface `name` (at most 15 bytes); a final `+` stands for any rest, as in iptables."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class OutInterface:
-    """Leaves by interface `name` (at most 15 bytes)."""
+    """Leaves by interface `name` (at most 15 bytes); a final `+` stands for any rest, as in iptables."""
 
     name: str
 

@@ -1,6 +1,7 @@
 """One rule in nft's words, in two spellings: as people write it and as `nft list` prints it (1.0.6).
 
-Interface names are quoted, because a name such as `ip` or `counter` is a keyword otherwise.
+Interface names are quoted, because a name such as `ip` or `counter` is a keyword otherwise. Any rest of a name is `*`,
+where iptables and our values have a final `+`.
 """
 
 from __future__ import annotations
@@ -95,6 +96,10 @@ def _address(match: Source | Destination, side: str) -> str:
     return f"{family} {side} {_not(match.negated)}{match.network}"
 
 
+def _interface(name: str) -> str:
+    return f"{name[:-1]}*" if name.endswith("+") else name
+
+
 def _not(negated: bool) -> str:
     return "!= " if negated else ""
 
@@ -133,8 +138,8 @@ def _written_match(match: Match) -> str:
 
 
 _MATCH_TEXT: dict[type[Any], Callable[[Any], str]] = {
-    InInterface: lambda match: f'iifname "{match.name}"',
-    OutInterface: lambda match: f'oifname "{match.name}"',
+    InInterface: lambda match: f'iifname "{_interface(match.name)}"',
+    OutInterface: lambda match: f'oifname "{_interface(match.name)}"',
     Protocol: lambda match: f"meta l4proto {match.name}",
     Source: lambda match: _address(match, "saddr"),
     Destination: lambda match: _address(match, "daddr"),

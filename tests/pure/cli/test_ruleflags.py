@@ -177,6 +177,7 @@ TEXTS: dict[str, tuple[list[str], dict[str, Any]]] = {  # what iptables takes, w
     "every destination": (["-i", "*"], {"outbound_cidrs": EVERYTHING}),
     "any other mode is REDIRECT": (["-m", "tproxy"], {}),
     "interface wildcard": (["-c", "eth+"], {"exclude_interfaces": ("eth+",)}),
+    "interface wildcard of nft": (["-c", "eth*,net1"], {"exclude_interfaces": ("eth+", "net1")}),
     "hexadecimal mark": (["-t", "0x539"], {"tproxy_mark": 1337}),
 }  # fmt: skip
 
@@ -317,6 +318,8 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str]] = {
     "excluded star": (["-x", "*"], {}, "'*' cannot be excluded"),
     "excluded prefix": (["-x", "10.0.0.0/33"], {}, "'10.0.0.0/33' is no prefix"),
     "interface": (["-c", "eth0 -j ACCEPT"], {}, "'eth0 -j ACCEPT' is no interface name"),
+    "any interface": (["-c", "+"], {}, "'+' is every interface"),
+    "any interface of nft": (["-k", "*"], {}, "'*' is every interface"),
     "long interface": (["-k", "a" * 16], {}, "is no interface name"),
     "mark": (["-t", "4294967296"], {}, "'4294967296' is not within 0 to 4294967295"),
     "table": (["-r", "main"], {}, "flag -r, --istio-inbound-tproxy-route-table is 'main'"),

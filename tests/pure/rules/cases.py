@@ -84,6 +84,7 @@ CASES: Mapping[str, Case] = {
     ),
     "exclude-interfaces": Case(replace(DEFAULT, exclude_interfaces=("net1", "eth0.100")), BOTH),
     "exclude-interfaces-tproxy": Case(replace(TPROXY, exclude_interfaces=("net1", "eth0.100"))),
+    "interface-wildcards": Case(replace(DEFAULT, exclude_interfaces=("eth+",), virtual_interfaces=("k6t-+",))),
     "virtual-interfaces": Case(replace(DEFAULT, virtual_interfaces=("k6t-eth0", "k6t-net1")), BOTH),
     "virtual-interfaces-cidrs": Case(
         replace(
