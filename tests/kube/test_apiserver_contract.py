@@ -364,6 +364,8 @@ async def test_a_watch_from_too_long_ago_is_told_so_in_an_event(open_peer: Any) 
             peer.double.compact()
         async with peer.watch(resourceVersion="1") as events:
             event = await anext(events)
+        if peer.double is None and event["type"] == "ADDED":
+            pytest.skip("this API server has kept every version since its first start: restart it and ask again")
 
     assert event["type"] == "ERROR"
     assert (event["object"]["kind"], event["object"]["code"], event["object"]["reason"]) == ("Status", 410, "Expired")
