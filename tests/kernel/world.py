@@ -12,6 +12,7 @@ from meshcni.host.backends.detection import VariantChoice
 from meshcni.host.netns import call_in_netns, new_netns
 from meshcni.host.redirection import Applied, apply_ruleset, apply_sidecar, remove_sidecar
 from meshcni.pods.interception import Interception
+from meshcni.rules import nft
 from meshcni.rules.model import Backend, Family, Ruleset
 
 T = TypeVar("T")
@@ -96,8 +97,8 @@ def save(pod: Netns, variant: str, family: Family) -> str:
 
 
 def nft_list(pod: Netns) -> str:
-    """Return what `nft list ruleset` prints of tables that are not iptables', counters as `counter`."""
-    text = pod.shell("nft", "--stateless", "list", "ruleset")
+    """Return what `nft list ruleset` prints of tables that are not iptables', in the words of nft 1.0.6, no counts."""
+    text = nft.canonical(pod.shell("nft", "--stateless", "list", "ruleset"))
     blocks = re.findall(r"^table .*?^\}\n", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(block for block in blocks if block.startswith("table inet "))
 

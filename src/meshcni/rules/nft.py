@@ -163,6 +163,11 @@ _CHAIN_LINE = re.compile(r"chain (?P<chain>\S+) \{(?: # handle \d+)?")
 _NUMBERS = re.compile(r"(?<=\bcounter) packets \d+ bytes \d+| # handle \d+$")
 
 
+def canonical(list_text: str) -> str:
+    """Return a listing as nft 1.0.6 prints it: 1.1 has a name for the priority -100 of an output chain too."""
+    return list_text.replace("hook output priority dstnat;", "hook output priority -100;")
+
+
 def parse(list_text: str) -> ObservedTables:
     """Read what `nft list ruleset` or `nft list table` printed (`-a` or not); only our three tables are kept.
 
@@ -171,7 +176,7 @@ def parse(list_text: str) -> ObservedTables:
     ours = {f"inet {table_name(table)}": table_name(table) for table in TABLES}
     tables: dict[str, dict[str, ObservedChain]] = {}
     foreign: list[str] = []
-    for table, content in _table_blocks(list_text):
+    for table, content in _table_blocks(canonical(list_text)):
         if table in ours:
             chains, others = _read_chains(content)
             tables[ours[table]] = chains

@@ -201,3 +201,10 @@ def test_reasons_are_comments_before_their_rules() -> None:
     assert [line for line in explained if not line.startswith("#")] == plain
     position = explained.index("add rule inet istio-proxy-nat output counter jump istio-output")
     assert explained[position - 1] == "# Outgoing connections are looked at."
+
+
+def test_the_listing_of_a_newer_nft_reads_the_same() -> None:
+    ruleset = sidecar_ruleset(Interception(), frozenset(Family), Backend.NFTABLES)
+    newer = nft.listing(ruleset).replace("hook output priority -100;", "hook output priority dstnat;")
+    assert newer != nft.listing(ruleset)
+    assert nft.parse(newer) == nft.expected(ruleset)
