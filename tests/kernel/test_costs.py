@@ -82,7 +82,7 @@ def test_fifty_at_once(variant: str, new_pod: PodMaker) -> None:
         return await asyncio.gather(*(run_in_netns(pod.fd, add) for pod in pods))
 
     assert asyncio.run(all_at_once()) == [()] * 50
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_pods_do_not_share_a_lock(new_pod: PodMaker) -> None:
