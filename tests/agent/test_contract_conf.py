@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -79,6 +80,20 @@ CASES = {
         {"10-a.conflist": BRIDGE_WITH_ENTRY.replace(f"{ENTRY}\n", f"{ENTRY.replace('RUN', '/old')},\n{ENTRY}\n")},
         {"10-a.conflist": BRIDGE_WITH_ENTRY},
     ),
+    "owned, entered into the primary before": Case(
+        {"10-a.conflist": BRIDGE_WITH_ENTRY},
+        {OWNED: BRIDGE_WITH_ENTRY, "10-a.conflist": BRIDGE},
+        {"ISTIO_OWNED_CNI_CONFIG": "true"},
+    ),
+    "owned before, no longer": Case(
+        {OWNED: BRIDGE_WITH_ENTRY, "10-a.conflist": BRIDGE}, {"10-a.conflist": BRIDGE_WITH_ENTRY}
+    ),
+    "name.conflist, late as .conf": Case(
+        {},
+        {"list.conflist": BRIDGE_WITH_ENTRY},
+        {"CNI_CONF_NAME": "list.conflist"},
+        {"list.conf": BRIDGE},
+    ),
     "owned without ambient": Case(
         {"10-a.conflist": BRIDGE},
         {OWNED: BRIDGE_WITH_ENTRY, "10-a.conflist": BRIDGE},
@@ -124,7 +139,7 @@ CASES = {
 def test_which_file_and_its_bytes(node: Node, name: str) -> None:
     case = CASES[name]
     for file, text in case.before.items():
-        node.write(file, text)
+        node.write(file, text.replace("RUN", str(node.run)))
     settings = dict(case.settings)
     agent = node.start(**({} if "AMBIENT_ENABLED" in settings else NO_API), **settings)
     if case.late:
@@ -486,3 +501,47 @@ def test_owned_name_that_cannot_work_ends_the_start(node: Node, name: str) -> No
     for part in (name, "istio_owned_cni_config_filename", "ISTIO_OWNED_CNI_CONF_FILENAME"):
         assert part in done.stderr
     assert node.listing() == ["10-a.conflist"]
+
+
+def test_conf_directory_that_comes_late(node: Node) -> None:
+    node.conf.rmdir()
+    agent = node.start(**NO_API)
+    wait_until("it to wait", lambda: agent.get(istio.READY_PATH)[0] == 503 and "waiting" in agent.log)
+    node.conf.mkdir()
+    node.write("10-a.conflist", BRIDGE)
+    healed("the entry", lambda: node.text("10-a.conflist") == BRIDGE_WITH_ENTRY)
+    agent.wait_ready()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "{", "", "{}", '{"plugins": {}}', '{"plugins": [1]}', '{"name": "n", "cniVersion": "1.0.0"}'],
+)
+def test_named_conf_that_cannot_be_edited(node: Node, text: str) -> None:
+    """It is left as it is, counted as a failure, and taken up as soon as its owner has put it right."""
+    node.write("10-a.conflist", text)
+    agent = node.start(CNI_CONF_NAME="10-a.conflist", **NO_API)
+    failed = 'istio_cni_installs_total{result="CREATE_CNI_CONFIG_FAILURE"}'
+    wait_until("the failure", lambda: agent.metrics().get(failed))
+    assert agent.get(istio.READY_PATH)[0] == 503
+    assert "10-a.conflist" in agent.get(istio.READY_PATH)[1]
+    assert node.text("10-a.conflist") == text
+    node.write("10-a.conflist", BRIDGE)
+    healed("the entry", lambda: node.text("10-a.conflist") == BRIDGE_WITH_ENTRY)
+    agent.wait_ready()
+
+
+def test_somebody_who_keeps_removing_the_entry_is_named_and_not_raced(node: Node) -> None:
+    path = node.write("05-cilium.conflist", BRIDGE)
+    agent = node.ready(**NO_API)
+    removed = 0
+    end = time.monotonic() + 5
+    while time.monotonic() < end and removed < 100:
+        if node.text(path.name) != BRIDGE:
+            node.write(path.name, BRIDGE)
+            removed += 1
+        time.sleep(0.01)
+    assert 2 <= removed <= 10
+    assert "cni.exclusive=false" in agent.log
+    healed("the entry", lambda: node.text(path.name) == BRIDGE_WITH_ENTRY)
+    agent.wait_ready()

@@ -147,7 +147,7 @@ class Installation:
                         continue  # neither has been touched since they were compared
                     if files.copy_by_rename(source, target):
                         outcome.wrote.append(f"copied {source} to {target}")
-                        seen = _identity(source, target)
+                        continue  # compared at the next look: what stands there by now may be somebody else's again
                     self._binaries_seen[target] = seen
 
     def _place_kubeconfig(self, outcome: Outcome) -> None:
@@ -189,8 +189,11 @@ class Installation:
         outcome.notes = found.notes + self._missing_neighbours(directory, found.target)
         if found.target:
             outcome.conf_path = os.path.join(self.config.conf_dir, found.target)
-        outcome.waiting = outcome.waiting or found.reason
-        self._was_in_place |= not outcome.waiting
+        if found.failed:
+            outcome.failures.append(InstallError(CONF_FAILURE, found.reason))
+        else:
+            outcome.waiting = outcome.waiting or found.reason
+            self._was_in_place |= not outcome.waiting
 
     def _may_repair(self, outcome: Outcome) -> bool:
         """Whether to repair now: our last write lasted, or the allowance has one left. Else say how long to wait."""

@@ -8,7 +8,7 @@ time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from meshcni import istio
 from meshcni.cni import conf
@@ -81,8 +81,8 @@ class Assessment:
     """What to do. In place and fine exactly when there is neither a change nor a `reason`.
 
     `target` is the file that carries our entry once the changes are made, in their order, empty when none can;
-    `reason` says why it cannot be; `notes` are troubles that do not stop us; `converted` names the single network's
-    file that the changes replace.
+    `reason` says why it cannot be, and `failed` that waiting does not help: a file is not as it must be. `notes` are
+    troubles that do not stop us; `converted` names the single network's file that the changes replace.
     """
 
     target: str = ""
@@ -90,6 +90,7 @@ class Assessment:
     reason: str = ""
     notes: tuple[str, ...] = ()
     converted: str = ""
+    failed: bool = False
 
 
 def assess(directory: ConfDir, policy: ConfPolicy) -> Assessment:
@@ -100,7 +101,7 @@ def assess(directory: ConfDir, policy: ConfPolicy) -> Assessment:
     try:
         found = _owned(directory, policy, valid) if policy.uses_owned else _chained(directory, policy, valid)
     except ConfError as error:
-        found = Assessment(reason=f"the conf cannot be edited and is left as it is: {error}")
+        found = Assessment(reason=f"the conf cannot be edited and is left as it is: {error}", failed=True)
     if not found.target and not found.reason:
         found = Assessment(reason=_waiting(directory, policy, broken))
     notes = tuple(
@@ -108,7 +109,7 @@ def assess(directory: ConfDir, policy: ConfPolicy) -> Assessment:
         for name, why in broken.items()
         if name != found.converted and why not in found.reason
     )
-    return Assessment(found.target, found.changes, found.reason, found.notes + notes, found.converted)
+    return replace(found, notes=found.notes + notes)
 
 
 def _sorted_out(directory: ConfDir) -> tuple[dict[str, Document], dict[str, str]]:
@@ -250,20 +251,21 @@ def _standalone(directory: ConfDir, policy: ConfPolicy) -> Assessment:
     wanted = conf.standalone_file(policy.own)
     there = directory.files.get(target)
     if target in directory.unreadable:
-        return Assessment(reason=f"{target} cannot be read: {directory.unreadable[target]}")
+        return Assessment(reason=f"{target} cannot be read: {directory.unreadable[target]}", failed=True)
     if there is not None and there.strip():
         try:
             document = parse(there, target)
         except ConfError as error:
             document = None
             if policy.conf_name:
-                return Assessment(reason=f"{error.message}; it is left as it is")
+                return Assessment(reason=f"{error.message}; it is left as it is", failed=True)
         if document is not None and document.value == conf.as_read(policy.own):
             return Assessment(target)
         if document is not None and not conf.is_ours(document.value):
             return Assessment(
                 reason=f"{target} holds another plugin's network and is left as it is: "
-                "give another name with CNI_CONF_NAME, or set CHAINED_CNI_PLUGIN=true to be chained into it"
+                "give another name with CNI_CONF_NAME, or set CHAINED_CNI_PLUGIN=true to be chained into it",
+                failed=True,
             )
     return Assessment(target, (Change(target, wanted),))
 
