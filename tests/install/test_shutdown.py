@@ -137,11 +137,13 @@ class Clock:
         self.now += seconds
 
 
-async def ask(api: ScriptedApi | None, *, worked_before: bool = True, **options: Any) -> tuple[Evidence, float]:
+async def ask(
+    api: ScriptedApi | None, *, namespace: str = "mesh", worked_before: bool = True, **options: Any
+) -> tuple[Evidence, float]:
     clock = Clock()
     evidence = await gather(
         api,
-        Identity("mesh", "own", "node-1", worked_before),
+        Identity(namespace, "own", "node-1", worked_before),
         **{"ambient": False, "clock": clock, "sleep": clock.sleep, **options},
     )
     return evidence, clock.now
@@ -236,6 +238,14 @@ async def test_refusals_that_do_not_persist_until_the_deadline_keep() -> None:
 async def test_being_forbidden_everything_says_nothing_when_nothing_ever_worked() -> None:
     evidence, _ = await ask(ScriptedApi(daemonsets=[403], pods=[403]), worked_before=False)
     assert decide_shutdown(evidence).row == "3"
+
+
+async def test_without_a_namespace_nobody_is_asked_and_everything_is_kept() -> None:
+    api = ScriptedApi(daemonsets=[404])  # the answer to a question without namespace, whatever there is
+    evidence, _ = await ask(api, namespace="")
+    assert decide_shutdown(evidence).row == "3"
+    assert "POD_NAMESPACE is not set" in decide_shutdown(evidence).why
+    assert api.calls == []
 
 
 async def test_without_an_api_server_everything_is_kept() -> None:

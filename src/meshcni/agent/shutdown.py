@@ -169,6 +169,8 @@ async def gather(
         return start
     if api is None:
         return replace(start, detail="no API server is configured")
+    if not identity.namespace:  # a question without one gets a 404, whatever there is
+        return replace(start, detail="POD_NAMESPACE is not set, so our DaemonSet cannot be asked for")
     try:
         async with asyncio.timeout(deadline_seconds):  # a look of its own may take longer than what is left
             return await _ask_until_certain(api, identity, start, clock() + deadline_seconds, clock, sleep)

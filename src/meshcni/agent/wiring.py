@@ -62,6 +62,11 @@ def warnings(settings: Settings) -> tuple[str, ...]:
         found.append("FORCE_IPTABLES_BINARY is of no effect: NATIVE_NFTABLES is set, and nftables wins")
     if settings.ambient_enabled:
         found.append("ambient mode: this version refuses the ADDs of pods that the enablement selectors take")
+    if not settings.pod_namespace:
+        found.append(
+            "POD_NAMESPACE is not set: the plugin cannot tell this agent's own pod from others, needed to start "
+            "after a reboot, and an uninstall is not noticed; set it from metadata.namespace"
+        )
     if settings.cleans_up_always:
         found.append("every stop of this agent takes the plugin off the node: pods started then are outside the mesh")
     return tuple(found)

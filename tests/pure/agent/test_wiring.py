@@ -62,12 +62,13 @@ def test_api_address() -> None:
         ({"NATIVE_NFTABLES": "true", "FORCE_IPTABLES_BINARY": "nft"}, "nftables wins"),
         ({"AMBIENT_ENABLED": "true"}, "refuses"),
         ({"DISABLE_SAFE_UPGRADE": "true"}, "outside the mesh"),
+        ({"POD_NAMESPACE": ""}, "agent's own pod"),
     ],
 )
 def test_surprising_settings_are_said(variables: dict[str, str], part: str) -> None:
-    (warning,) = warnings(resolve([], variables))
+    (warning,) = warnings(resolve([], {"POD_NAMESPACE": "istio-system", **variables}))
     assert part in warning
 
 
-def test_defaults_are_no_surprise() -> None:
-    assert warnings(resolve([], {})) == ()
+def test_what_the_chart_sets_is_no_surprise() -> None:
+    assert warnings(resolve([], {"POD_NAMESPACE": "istio-system"})) == ()
