@@ -16,6 +16,7 @@ from tests.install.hosts import BRIDGE, SINGLE, Host, Record, running, until
 
 from meshcni.agent.installer import Installer
 from meshcni.cni import conf
+from meshcni.host import files
 
 OWNED_NAME = "02-istio-cni.conflist"
 
@@ -422,6 +423,19 @@ async def test_the_binary_goes_when_asked_for(host: Host, way: str) -> None:
     assert sorted(path.name for path in host.bin.iterdir()) == ["other"]
     assert list(host.run.iterdir()) == []
     assert (host.conf / "10-a.conflist").read_text() == BRIDGE
+
+
+async def test_nothing_is_written_once_it_has_ended(host: Host) -> None:
+    host.write("10-a.conflist", BRIDGE)
+    task = asyncio.create_task(Installer(host.config()).run())
+    with files.locked(str(host.conf)):  # what is at work on a thread cannot finish
+        await until((host.run / "istio-cni-kubeconfig").exists)
+        task.cancel()
+        await asyncio.sleep(0.05)
+        assert not task.done()
+    await asyncio.gather(task, return_exceptions=True)
+    assert task.cancelled()
+    assert carries(host, "10-a.conflist")
 
 
 async def test_an_uninstall_can_be_repeated_and_needs_nothing(host: Host) -> None:

@@ -102,7 +102,7 @@ class Installer:
             while True:
                 failed = self._watch_directories()  # before the look, so that no change falls in between
                 self._wake.clear()
-                outcome = await asyncio.to_thread(self._installation.look_and_repair)
+                outcome = await _to_its_end(self._installation.look_and_repair)
                 self._last_look = time.monotonic()
                 self._note_unwatched(self._watch_directories() if failed else failed)
                 self._publish(outcome)
@@ -208,3 +208,13 @@ class Installer:
         if status != self.status:
             self.status = status
             self.callbacks.changed(status)
+
+
+async def _to_its_end(work: Callable[[], Outcome]) -> Outcome:
+    """Run `work` on a thread. A cancellation waits for it: what writes now must not write after an uninstall."""
+    thread = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        await asyncio.wait((thread,))
+        raise
