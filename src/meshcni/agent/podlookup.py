@@ -58,9 +58,12 @@ class PodLookup:
         self._timeout = timeout_seconds
 
     async def pod(self, namespace: str, name: str, uid: str) -> Found:
-        """The pod with that name and, when `uid` is not empty, that UID. Raises KubeError."""
+        """The pod with that name and, when `uid` is not empty, that UID. Raises KubeError.
+
+        Without a UID only the API server is believed: what the informer has may be a predecessor that just went.
+        """
         known = self._pods.get(namespace, name)
-        if known is not None and is_meant(known, uid):
+        if known is not None and uid and is_meant(known, uid):
             return Found(known, "informer")
         try:
             asked = await self._api.get_pod(namespace, name, timeout=self._timeout)

@@ -60,8 +60,9 @@ def test_informer_answers_without_the_api() -> None:
     assert (found.pod, found.source) == (NEW, "informer")
 
 
-def test_without_a_uid_the_name_decides() -> None:
-    assert finish(PodLookup(Api(), Store(OLD), None, 4).pod("shop", "cart-0", "")).pod is OLD
+def test_without_a_uid_the_api_says_who_has_the_name_now() -> None:
+    found = finish(PodLookup(Api(NEW), Store(OLD), None, 4).pod("shop", "cart-0", ""))
+    assert (found.pod, found.source) == (NEW, "api")
 
 
 def test_pod_that_the_informer_does_not_have_is_asked_for() -> None:
