@@ -26,10 +26,11 @@ from tests.kernel.world import (
 from tests.pure.rules.cases import CASES
 
 from meshcni.errors import ApplyError, NetnsError
+from meshcni.host.backends.fake import FakeBackend
 from meshcni.host.backends.iptables import IptablesBackend, Tools, find_tools
 from meshcni.host.redirection import apply_sidecar, observe_sidecar, program, verify_sidecar
 from meshcni.pods.interception import Interception, InterceptionMode
-from meshcni.rules.model import Backend, Chain, Family, Jump, Rule
+from meshcni.rules.model import Backend, Chain, Family, Jump, Rule, Ruleset
 from meshcni.rules.sidecar import sidecar_ruleset
 
 DEFAULT = Interception()
@@ -387,6 +388,32 @@ def test_nothing_stays_when_routing_fails(variant: str, pod: Netns) -> None:
 
     assert ours(pod, variant) == empty
     assert pod_variants(pod) == ()
+
+
+def test_nothing_stays_after_a_fault_of_ours(pod: Netns) -> None:
+    class Faulty(FakeBackend):
+        def missing(self, ruleset: Ruleset) -> tuple[str, ...]:
+            raise ValueError("cannot read what the kernel says")
+
+    class FaultyToo(FakeBackend):
+        def remove(self, known: Ruleset | None = None) -> None:
+            raise OSError("no descriptor left")
+
+    ruleset = sidecar_ruleset(TPROXY, frozenset(Family), Backend.NFTABLES)
+    empty, chosen, broken = policy(pod), Faulty(), FaultyToo()
+
+    def fail() -> None:
+        with pytest.raises(ValueError, match="cannot read") as caught:
+            program(ruleset, Backend.NFTABLES, chosen)
+        assert not hasattr(caught.value, "__notes__")
+        broken.held = ruleset
+        with pytest.raises(OSError, match="no descriptor") as left:
+            program(ruleset, Backend.NFTABLES, chosen, (broken,))
+        assert left.value.__notes__ == ["rules of ours may stay in fake: no descriptor left"]
+
+    pod.call(fail)
+    assert chosen.held is None
+    assert policy(pod) == empty
 
 
 def test_nothing_stays_when_nft_refuses(pod: Netns) -> None:

@@ -170,7 +170,7 @@ def program(
             raise ApplyError(
                 f"after programming, the kernel lacks: {', '.join(absent)}", "does something else program this pod?"
             )
-    except (MeshCniError, OSError) as error:
+    except Exception as error:  # whatever it was: half of a rule set is worse than none
         _undo(ruleset, (chosen, *others), error)
         raise
     processes = sum(backend.processes for backend in (chosen, *others))
@@ -183,8 +183,8 @@ def _undo(ruleset: Ruleset, backends: tuple[PacketBackend, ...], cause: Exceptio
         try:
             if backend.holds_ours():
                 backend.remove(ruleset)
-        except MeshCniError as error:
-            cause.add_note(f"rules of ours stay in {backend.variant}: {error}")
+        except Exception as error:  # the other backends and the routes still have to go
+            cause.add_note(f"rules of ours may stay in {backend.variant}: {error}")
     try:
         routes.remove(ruleset)
     except (MeshCniError, OSError) as error:
