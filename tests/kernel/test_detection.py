@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from tests.kernel.world import Netns, apply, legacy_names, nft_tables
 
+from meshcni.agent.programming import CHOICE_FILE_NAME, BackendConfig, settle_choice
 from meshcni.errors import ApplyError, SettingError
 from meshcni.host.backends import xtables
 from meshcni.host.backends.detection import VariantChoice, choose_variant, legacy_rules_here, why_unusable
 from meshcni.host.procfs import boot_id
-from meshcni.host.redirection import apply_sidecar, observe_sidecar
+from meshcni.host.redirection import FamilyPolicy, apply_sidecar, observe_sidecar
 from meshcni.pods.interception import Interception
 from meshcni.rules.model import Backend, Family
 
@@ -44,6 +48,15 @@ def test_order_of_reasons(
 def test_nothing_works() -> None:
     with pytest.raises(ApplyError, match=r"nft: nft is broken; legacy: legacy is broken"):
         choose_variant(unusable=lambda name: f"{name} is broken")
+
+
+def test_remembered_variant_needs_its_commands(tmp_path: Path) -> None:
+    config = BackendConfig(Backend.IPTABLES, "", FamilyPolicy.BY_ADDRESS, str(tmp_path), "/nowhere")
+    written = VariantChoice("legacy", "remembered", boot_id())
+    (tmp_path / CHOICE_FILE_NAME).write_text(json.dumps(written.to_object()))
+    assert settle_choice(config) == written
+    assert settle_choice(config, lambda variant: None).variant == "nft"  # another image without legacy commands
+    assert settle_choice(config).variant == "nft"
 
 
 def test_unknown_forced_variant() -> None:

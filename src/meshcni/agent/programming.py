@@ -16,6 +16,7 @@ from meshcni import istio
 from meshcni.agent.podadds import Addresses
 from meshcni.errors import MeshCniError
 from meshcni.host.backends.detection import VariantChoice, choose_variant, legacy_rules_here
+from meshcni.host.backends.iptables import find_tools
 from meshcni.host.netns import call_in_netns, open_netns, run_in_netns
 from meshcni.host.procfs import boot_id
 from meshcni.host.redirection import Applied, FamilyPolicy, apply_sidecar
@@ -98,12 +99,15 @@ class Programmer:
             return self.choice
 
 
-def settle_choice(config: BackendConfig) -> VariantChoice:
-    """The variant of this boot: forced, or remembered in the run directory, or found out now. Blocking."""
+def settle_choice(config: BackendConfig, find: Callable[[str], object | None] = find_tools) -> VariantChoice:
+    """The variant of this boot: forced, or remembered in the run directory, or found out now. Blocking.
+
+    A remembered one whose commands this image no longer has (`find` gives None) is found out anew.
+    """
     path = Path(config.run_dir, CHOICE_FILE_NAME)
     if not config.forced_variant:
         remembered = _remembered(path)
-        if remembered is not None:
+        if remembered is not None and find(remembered.variant) is not None:
             return remembered
     choice = choose_variant(config.forced_variant, _host_uses_legacy(config.host_netns))
     if not config.forced_variant:
