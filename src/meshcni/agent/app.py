@@ -21,7 +21,7 @@ from typing import Any
 
 from meshcni import __version__, istio
 from meshcni.agent import metrics as m
-from meshcni.agent import wiring
+from meshcni.agent import rundir, wiring
 from meshcni.agent.addserver import AddServer
 from meshcni.agent.control import PURGE_QUERY, STATUS_PATH, UNINSTALL_PATH
 from meshcni.agent.health import Heartbeat, endpoint
@@ -92,6 +92,7 @@ class Agent:
         )
         self.add_server = AddServer(self.adds.handle, self._refusals("agent"))
         self.heartbeat = Heartbeat(settings.liveness_stale_seconds, lambda lag: self.metrics.set(m.EVENT_LOOP_LAG, lag))
+        self.sockets = rundir.SocketPaths()
         self._servers: list[WebServer] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stopping = ""  # the signal that ends us
@@ -132,6 +133,7 @@ class Agent:
             self._spawn("namespaces", self.namespaces.run())
         self._spawn("heartbeat", self.heartbeat.run())
         self._spawn("gauges", self._gauges())
+        self._spawn("run-dir", self._look_after(run_dir / istio.PLUGIN_LOG_NAME))
         self._prepare = asyncio.get_running_loop().create_task(self.programmer.prepare())
 
     def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
@@ -187,10 +189,11 @@ class Agent:
         await server.start(listener)
         self._servers.append(server)
 
-    @staticmethod
-    def _socket(listen: Callable[[Path], socket.socket], path: Path) -> socket.socket:
+    def _socket(self, listen: Callable[[Path], socket.socket], path: Path) -> socket.socket:
         try:
-            return listen(path)
+            listener = listen(path)
+            self.sockets.add(path)
+            return listener
         except OSError as error:
             raise SettingError(
                 f"cannot listen on {path}: {error}",
@@ -276,7 +279,7 @@ class Agent:
             if not informer.synced.is_set()
         ]
         stopping = (f"the agent is shutting down ({self._stopping})",) if self._stopping else ()
-        return (*stopping, *self.installer.reasons, *waiting)
+        return (*stopping, *self.sockets.reasons(), *self.installer.reasons, *waiting)
 
     def not_live(self) -> tuple[str, ...]:
         """Why the process should be restarted."""
@@ -330,6 +333,16 @@ class Agent:
                 self.metrics.set(m.WATCH_OBJECTS, len(informer.items()), resource=informer.name)
                 self.metrics.set(m.WATCH_FAILURES, informer.state.restarts, resource=informer.name)
                 self.metrics.set(m.WATCH_REJECTED, informer.state.rejected, resource=informer.name)
+
+    async def _look_after(self, plugin_log: Path) -> None:
+        """Raises SocketLostError, which ends the agent: its successor makes the sockets anew."""
+        while True:
+            await asyncio.sleep(rundir.LOOK_SECONDS)
+            self.sockets.check()
+            try:
+                rundir.rotate(plugin_log)
+            except OSError as error:
+                log.warning("the plugins' log cannot be put aside: %s", error)
 
     async def _gauges(self) -> None:
         """What must be looked at now and then; once ready, everything made so far is left out of collections."""
