@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from lab.objects import daemonset_object
+from lab.objects import daemonset_object, unmeshed_pod
 from tests.agent.contract import BRIDGE, SINGLE, Node
 from tests.agent.scene import NODE, Agent, wait_until
 
@@ -192,3 +192,80 @@ def test_stop_before_anything_was_installed(node: Node, settings: dict[str, str]
     stop(agent)
     cleaned(node, {})
     assert OWNED not in node.listing()
+
+
+# --- what the API server's refusals mean (W-05) -----------------------------------------------------------------------
+
+DAEMONSETS, EVERYTHING = "/apis/apps/v1", "/"
+KEPT, CLEANED = ["bridge", "istio-cni"], ["bridge"]
+
+
+def agent_pod(name: str, *, terminating: bool, revision: str = "1") -> dict[str, Any]:
+    """A pod of the DaemonSet as the API shows it; the name of the agent's own is that of the scene."""
+    pod = unmeshed_pod("istio-system", name, labels={"k8s-app": "istio-cni-node", "controller-revision-hash": revision})
+    if terminating:
+        pod["metadata"] |= {"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["a/b"]}
+    return pod
+
+
+OWN = "istio-cni-node-abcde"
+
+
+@pytest.mark.parametrize(
+    ("status", "prefix", "pods", "settings", "types"),
+    [
+        (500, DAEMONSETS, {}, {}, KEPT),
+        (503, EVERYTHING, {}, {"AMBIENT_ENABLED": "true"}, KEPT),
+        (401, EVERYTHING, {}, {}, CLEANED),
+        (401, EVERYTHING, {}, {"AMBIENT_ENABLED": "true"}, CLEANED),
+        (403, EVERYTHING, {}, {}, CLEANED),
+        (403, DAEMONSETS, {OWN: True}, {}, CLEANED),
+        (403, DAEMONSETS, {OWN: True}, {"AMBIENT_ENABLED": "true"}, KEPT),
+        (403, DAEMONSETS, {OWN: False}, {}, KEPT),
+        (403, DAEMONSETS, {OWN: True, "istio-cni-node-other": False}, {}, KEPT),
+        (403, DAEMONSETS, {OWN: True, "istio-cni-node-other": True}, {}, CLEANED),
+    ],
+)
+def test_refusals(
+    node: Node, status: int, prefix: str, pods: dict[str, bool], settings: dict[str, str], types: list[str]
+) -> None:
+    node.write("10-a.conflist", BRIDGE)
+    for name, terminating in pods.items():
+        pod = agent_pod(name, terminating=terminating)
+        node.scene.api.do(lambda server, pod=pod: server.add_pod(pod))
+    agent = node.ready(**settings)
+    node.scene.api.do(lambda server: server.fault("status", status=status, count=-1, prefix=prefix))
+    stop(agent)
+    assert node.types("10-a.conflist") == types, agent.log
+
+
+@pytest.mark.parametrize("kind", ["hang", "drop", "garbage"])
+def test_no_answer_keeps(node: Node, kind: str) -> None:
+    node.write("10-a.conflist", BRIDGE)
+    with_daemonset(node)
+    agent = node.ready(SHUTDOWN_GRACE_SECONDS="5")
+    node.scene.api.do(lambda server: server.fault(kind, count=-1))
+    stop(agent)
+    assert node.types("10-a.conflist") == KEPT, agent.log
+
+
+def test_a_short_refusal_is_not_believed(node: Node) -> None:
+    """An API server that has just restarted answers 403 to everybody for about a second."""
+    node.write("10-a.conflist", BRIDGE)
+    with_daemonset(node)
+    agent = node.ready()
+    node.scene.api.do(lambda server: server.fault("status", status=403, count=3))
+    stop(agent)
+    assert node.types("10-a.conflist") == KEPT, agent.log
+
+
+def test_node_that_the_daemonset_leaves(node: Node) -> None:
+    node.write("10-a.conflist", BRIDGE)
+    with_daemonset(node)
+    agent = node.ready()
+    terms = [{"matchExpressions": [{"key": "kubernetes.io/os", "operator": "In", "values": ["windows"]}]}]
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}
+    patch = {"spec": {"template": {"spec": {"affinity": affinity}}}}
+    node.scene.api.do(lambda server: server.patch("daemonsets", "istio-system", istio.DAEMONSET_NAME, patch))
+    stop(agent)
+    assert node.types("10-a.conflist") == CLEANED

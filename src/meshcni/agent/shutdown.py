@@ -215,12 +215,14 @@ class Uncertain:
 WITHDRAWN = Uncertain(PERSISTENCE_SECONDS)
 UNSETTLED = Uncertain(SETTLE_SECONDS)
 SILENT = Uncertain(float("inf"), SILENT_ROUNDS)
+# A starting API server can refuse the first question of a look and answer the second: one more look tells.
+REFUSED_ONCE = Uncertain(float("inf"), 2)
 
 
 def _uncertain_kind(seen: Evidence) -> Uncertain | None:
     """None when the answer can be believed at once."""
     if seen.answer is Answer.FORBIDDEN:
-        return UNSETTLED if decide_shutdown(seen).row == "5b" else None
+        return UNSETTLED if decide_shutdown(seen).row == "5b" else REFUSED_ONCE
     return {Answer.WITHDRAWN: WITHDRAWN, Answer.NONE: SILENT}.get(seen.answer)
 
 
