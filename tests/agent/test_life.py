@@ -14,6 +14,7 @@ from lab.objects import sidecar_pod
 from tests.agent.scene import Scene, wait_until
 
 from meshcni import __version__, istio
+from meshcni.agent.web import MAX_CONNECTIONS
 
 
 def test_ready_with_everything_in_place(scene: Scene) -> None:
@@ -92,6 +93,25 @@ def test_stopped_event_loop_is_not_alive(scene: Scene) -> None:
     finally:
         agent.process.send_signal(signal.SIGCONT)
     wait_until("health", lambda: agent.get(istio.LIVE_PATH)[0] == 200)
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /healthz HTTP/1.1\r\n"], ids=["silent", "half a request"])
+def test_connections_that_say_nothing_keep_no_probe_out(scene: Scene, said: bytes) -> None:
+    agent = scene.start(KUBERNETES_SERVICE_HOST="")
+    wait_until("health", lambda: agent.get(istio.LIVE_PATH)[0] == 200)
+
+    def connect() -> list[socket.socket]:
+        return [socket.create_connection(("127.0.0.1", istio.HEALTH_PORT)) for _ in range(MAX_CONNECTIONS + 10)]
+
+    idle = call_in_netns(scene.netns, connect)
+    try:
+        for connection in idle[-MAX_CONNECTIONS:]:
+            connection.sendall(said)
+        assert [agent.get(istio.LIVE_PATH)[0] for _ in range(3)] == [200] * 3
+    finally:
+        for connection in idle:
+            connection.close()
+    assert agent.metrics()['istio_cni_requests_refused_total{cause="busy",socket="health"}'] >= 10
 
 
 def stuck_answer() -> bytes:

@@ -17,9 +17,9 @@ import h11
 from meshcni.host.sockets import peer_credentials
 
 MAX_HEADER_BYTES = 16 * 1024
-MAX_CONNECTIONS = 64  # of one server; more are closed at once
+MAX_CONNECTIONS = 64  # of one server; for one more, that which has waited longest without a request has to go
 IDLE_SECONDS = 60.0  # until the first byte of a request; Prometheus and the kubelet keep connections
-REQUEST_SECONDS = 10.0  # from its first byte to the end of its body
+REQUEST_SECONDS = 10.0  # from its first byte to the end of its body, and for the answer to be taken
 READ_BYTES = 64 * 1024
 
 TEXT = "text/plain; charset=utf-8"
@@ -70,6 +70,7 @@ class WebServer:
         self._root_only = root_only
         self._on_refused = on_refused
         self._connections: set[asyncio.Task[None]] = set()
+        self._waiting: dict[asyncio.Task[None], None] = {}  # for a whole request, the longest waiting first
         self._server: asyncio.Server | None = None
 
     async def start(self, listener: socket.socket) -> None:
@@ -92,33 +93,53 @@ class WebServer:
         if self._root_only and peer_credentials(connection).uid != 0:
             self._refuse(writer, "peer")
             return
-        if len(self._connections) >= MAX_CONNECTIONS:
+        if len(self._connections) >= MAX_CONNECTIONS and not self._make_room():
             self._refuse(writer, "busy")
             return
         self._connections.add(task)
         try:
-            await self._serve(reader, writer)
+            await self._serve(task, reader, writer)
         except (OSError, asyncio.CancelledError):
             pass  # the peer went away, or we are closing: nobody is left to answer
         finally:
             self._connections.discard(task)
+            self._waiting.pop(task, None)
             writer.close()
+
+    def _make_room(self) -> bool:
+        """End one connection that says nothing, or whoever opens many keeps the kubelet's probes out."""
+        oldest = next(iter(self._waiting), None)
+        if oldest is None:
+            return False
+        self._on_refused("busy")
+        self._waiting.pop(oldest)
+        self._connections.discard(oldest)
+        oldest.cancel()
+        return True
 
     def _refuse(self, writer: asyncio.StreamWriter, cause: str) -> None:
         self._on_refused(cause)
         writer.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer requests on one connection until it ends."""
+    async def _serve(
+        self, task: asyncio.Task[None], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Answer requests on one connection, which is `task`'s, until it ends."""
         machine = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
         while True:
+            self._waiting[task] = None
             if not await self._first_bytes(machine, reader):
                 return
-            response, head = await self._answer(machine, reader)
+            response, head = await self._answer(task, machine, reader)
             if response is None:
                 return
             _send(machine, writer, response, head)
-            await writer.drain()
+            try:
+                async with asyncio.timeout(REQUEST_SECONDS):
+                    await writer.drain()
+            except TimeoutError:
+                writer.transport.abort()
+                return
             if machine.our_state is not h11.DONE or machine.their_state is not h11.DONE:
                 return
             machine.start_next_cycle()
@@ -136,7 +157,9 @@ class WebServer:
             machine.receive_data(data)
         return bool(data)
 
-    async def _answer(self, machine: h11.Connection, reader: asyncio.StreamReader) -> tuple[Response | None, bool]:
+    async def _answer(
+        self, task: asyncio.Task[None], machine: h11.Connection, reader: asyncio.StreamReader
+    ) -> tuple[Response | None, bool]:
         """The response to the next request and whether it asked with HEAD; no response when the peer is gone."""
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
@@ -147,6 +170,8 @@ class WebServer:
         except h11.RemoteProtocolError as error:
             self._on_refused("malformed")
             return Response(error.error_status_hint, f"{error}\n".encode()), False
+        finally:
+            self._waiting.pop(task, None)
         if request is None:
             return None, False
         if len(request.body) > self._max_body_bytes:
