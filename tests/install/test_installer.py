@@ -284,6 +284,18 @@ async def test_a_broken_conf_of_another_plugin_stays_as_it_is(host: Host) -> Non
         assert path.read_text() == "[]"
 
 
+async def test_a_link_out_of_the_directory_is_a_reason_not_to_be_ready(host: Host) -> None:
+    host.write("10-a.conflist", BRIDGE)
+    link = host.conf / "05-x.conflist"
+    link.symlink_to("/opt/of/the/host/x.conflist")
+    async with running(host.config()) as installer:
+        await until(lambda: host.types("10-a.conflist") == ["bridge", "istio-cni"])
+        await until(lambda: "05-x.conflist cannot be read: it is a link to /opt/of" in " ".join(installer.reasons))
+        assert link.is_symlink()
+        link.unlink()
+        await until(lambda: installer.ready)
+
+
 async def test_owned_copy_follows_the_primary(host: Host) -> None:
     host.write("10-a.conflist", BRIDGE)
     async with running(host.config(owned=True)) as installer:

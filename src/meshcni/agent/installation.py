@@ -194,6 +194,7 @@ class Installation:
         else:
             outcome.waiting = outcome.waiting or found.reason
             self._was_in_place |= not outcome.waiting
+            outcome.waiting = outcome.waiting or found.doubt
 
     def _may_repair(self, outcome: Outcome) -> bool:
         """Whether to repair now: our last write lasted, or the allowance has one left. Else say how long to wait."""

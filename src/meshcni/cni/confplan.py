@@ -82,7 +82,8 @@ class Assessment:
 
     `target` is the file that carries our entry once the changes are made, in their order, empty when none can;
     `reason` says why it cannot be, and `failed` that waiting does not help: a file is not as it must be. `notes` are
-    troubles that do not stop us; `converted` names the single network's file that the changes replace.
+    troubles that do not stop us; `converted` names the single network's file that the changes replace. `doubt` says why
+    the runtime may use another file all the same.
     """
 
     target: str = ""
@@ -91,6 +92,7 @@ class Assessment:
     notes: tuple[str, ...] = ()
     converted: str = ""
     failed: bool = False
+    doubt: str = ""
 
 
 def assess(directory: ConfDir, policy: ConfPolicy) -> Assessment:
@@ -104,12 +106,13 @@ def assess(directory: ConfDir, policy: ConfPolicy) -> Assessment:
         found = Assessment(reason=f"the conf cannot be edited and is left as it is: {error}", failed=True)
     if not found.target and not found.reason:
         found = Assessment(reason=_waiting(directory, policy, broken))
+    doubt = "" if policy.conf_name else _doubt(directory, found.target)
     notes = tuple(
         _broken_note(name, why, found.target)
         for name, why in broken.items()
-        if name != found.converted and why not in found.reason
+        if name != found.converted and why not in found.reason and why not in doubt
     )
-    return replace(found, notes=found.notes + notes)
+    return replace(found, notes=found.notes + notes, doubt=doubt)
 
 
 def _sorted_out(directory: ConfDir) -> tuple[dict[str, Document], dict[str, str]]:
@@ -132,6 +135,15 @@ def _waiting(directory: ConfDir, policy: ConfPolicy, broken: Mapping[str, str]) 
     if broken:
         return f"no valid conf in {directory.path}: {'; '.join(broken.values())}"
     return f"no conf in {directory.path} yet: waiting for the primary CNI plugin to write one"
+
+
+def _doubt(directory: ConfDir, target: str) -> str:
+    """A file that we cannot read may be one that the runtime can: a link out of the directory that is mounted here."""
+    earlier = [name for name in conf.candidates(directory.unreadable) if name < target]
+    if not earlier:
+        return ""
+    cause = "; ".join(f"{name} cannot be read: {directory.unreadable[name]}" for name in earlier)
+    return f"the runtime may use a conf that sorts before {target}: {cause}"
 
 
 def _broken_note(name: str, why: str, target: str) -> str:

@@ -27,10 +27,20 @@ def read_conf_dir(path: str, also: str = "") -> tuple[ConfDir, dict[str, FileSta
             try:
                 found[entry.name], states[entry.name] = files.read(entry.path, MAX_CONF_BYTES)
             except FileNotFoundError:
-                continue  # removed since the directory was listed, or a link to nowhere
+                if goal := _link_goal(entry.path):
+                    unreadable[entry.name] = f"it is a link to {goal}, and nothing is there as seen from here"
+                continue  # else it was removed since the directory was listed
             except OSError as error:
                 unreadable[entry.name] = error.strerror or str(error)
     return ConfDir(path, found, unreadable, frozenset(folders)), states
+
+
+def _link_goal(path: str) -> str:
+    """Where a symbolic link leads; empty for what is none, or no longer there."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
 
 
 def carry_out(path: str, change: Change, states: Mapping[str, FileState], *, mode: int | None = None) -> str:

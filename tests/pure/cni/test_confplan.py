@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -328,7 +328,12 @@ def test_unreadable_files_are_named_and_left() -> None:
     directory = ConfDir("/etc/cni", {"10-a.conflist": PLAIN.encode()}, {"05-x.conf": "Permission denied"})
     found = assess(directory, ConfPolicy(own=OWN))
     assert found.target == "10-a.conflist"
-    assert "05-x.conf cannot be read: Permission denied" in found.notes[0]
+    assert found.changes  # in case the runtime cannot read it either
+    assert found.doubt.endswith("before 10-a.conflist: 05-x.conf cannot be read: Permission denied")
+    assert found.notes == ()
+    later = assess(replace(directory, unreadable={"20-x.conf": "Permission denied"}), ConfPolicy(own=OWN))
+    assert later.doubt == ""
+    assert "20-x.conf cannot be read: Permission denied" in later.notes[0]
     named = assess(directory, ConfPolicy(own=OWN, conf_name="05-x.conf"))
     assert "Permission denied" in named.reason
     assert "Permission denied" in removal(directory, ConfPolicy(own=OWN), {}).notes[0]
