@@ -65,3 +65,35 @@ def test_agent_without_its_socket_ends_and_leaves_everything(scene: Scene) -> No
     assert "leaving everything in place" in agent.log
     assert istio.PLUGIN_NAME in scene.conf.read_text()
     scene.start().wait_ready()
+
+
+def test_two_agents_on_one_node_do_not_undo_each_other(scene: Scene) -> None:
+    """As in a rollout with maxSurge; each has a token of its own, which differs in the kubeconfig."""
+    older = scene.start()
+    older.wait_ready()
+    account = scene.directory / "account-of-newer"
+    account.mkdir()
+    (account / "ca.crt").write_text("the double speaks plain HTTP\n")
+    (account / "token").write_text("another-token")
+    newer = scene.start(SERVICE_ACCOUNT_DIR=str(account), HEALTH_PORT="8001", MONITORING_PORT="15015")
+    wait_until("the newer agent to be ready", lambda: newer.get(istio.READY_PATH, 8001)[0] == 200)
+    kubeconfig = scene.run_dir / istio.KUBECONFIG_NAME
+    wait_until("the older agent to see it", lambda: "a newer agent installs" in older.get(istio.READY_PATH)[1])
+    kubeconfig.unlink()
+    wait_until("the newer agent to repair", lambda: newer.log.count(f"wrote {kubeconfig}") == 2)
+    assert "another-token" in kubeconfig.read_text()
+    assert older.log.count(f"wrote {kubeconfig}") == 1
+    assert older.stop() == 0
+    assert newer.get(istio.READY_PATH, 8001)[0] == 200
+
+
+def test_nothing_is_written_after_the_signal(scene: Scene) -> None:
+    agent = scene.start(SHUTDOWN_GRACE_SECONDS="2")
+    agent.wait_ready()
+    scene.api.do(lambda server: server.fault("hang", count=-1, prefix="/apis/apps/v1"))
+    agent.process.terminate()
+    wait_until("the signal's arrival", lambda: "Exit signal received" in agent.log)
+    (scene.run_dir / istio.KUBECONFIG_NAME).unlink()
+    wait_until("its end", lambda: agent.process.poll() is not None)
+    assert "at shutdown: keep" in agent.log
+    assert not (scene.run_dir / istio.KUBECONFIG_NAME).exists()

@@ -70,6 +70,7 @@ class Agent:
         self.namespaces: Informer[Namespace] | None = None
         if settings.ambient_enabled:
             self.namespaces = Informer(self.api, NAMESPACES, namespace_from_object, metadata_only=True)
+        self.sockets = rundir.SocketPaths()
         self.installer = Installer(
             wiring.install_config(settings, plugin_log_level),
             Callbacks(
@@ -77,6 +78,7 @@ class Agent:
                 changed=self._install_changed,
                 fight=lambda path, hint: log.warning("something else keeps changing %s: %s", path, hint),
             ),
+            superseded=self.sockets.taken,
         )
         self.programmer = Programmer(
             wiring.backend_config(settings),
@@ -92,7 +94,6 @@ class Agent:
         )
         self.add_server = AddServer(self.adds.handle, self._refusals("agent"))
         self.heartbeat = Heartbeat(settings.liveness_stale_seconds, lambda lag: self.metrics.set(m.EVENT_LOOP_LAG, lag))
-        self.sockets = rundir.SocketPaths()
         self._servers: list[WebServer] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stopping = ""  # the signal that ends us
@@ -218,6 +219,7 @@ class Agent:
         grace = settings.shutdown_grace_seconds
         try:
             async with asyncio.timeout(grace):
+                await self._stop_installing()
                 evidence = await gather(
                     self.api if settings.kubernetes_service_host else None,
                     Identity(settings.pod_namespace, settings.pod_name, self.node, self.pods.synced.is_set()),
@@ -237,12 +239,16 @@ class Agent:
             return 1
         return 0
 
-    async def _take_away(self, *, purge: bool = False) -> tuple[str, ...]:
-        """Stop installing and remove what was installed."""
+    async def _stop_installing(self) -> None:
+        """Write nothing any more: when our pod was deleted by force, a successor is already at work on this node."""
         task = self._tasks.pop("installer", None)
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+    async def _take_away(self, *, purge: bool = False) -> tuple[str, ...]:
+        """Stop installing and remove what was installed."""
+        await self._stop_installing()
         done = await self.installer.uninstall(purge=purge)
         for sentence in done:
             log.info("%s", sentence)

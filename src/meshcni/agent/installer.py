@@ -67,14 +67,22 @@ class Callbacks:
 class Installer:
     """`run()` installs and watches until cancelled; `uninstall()` takes everything away again.
 
-    Raises SettingError at once when a conf name can never work.
+    While `superseded()` nothing is written: two agents on one node (a rollout with maxSurge) would undo each other's
+    work without end. Raises SettingError at once when a conf name can never work.
     """
 
-    def __init__(self, config: InstallConfig, callbacks: Callbacks | None = None) -> None:
+    def __init__(
+        self,
+        config: InstallConfig,
+        callbacks: Callbacks | None = None,
+        *,
+        superseded: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.config = config
         self.callbacks = callbacks or Callbacks()
         self.status = InstallStatus()
         self.installed = asyncio.Event()  # set once everything was in place for the first time
+        self._superseded = superseded
         self._installation = Installation(config)
         self._wake = asyncio.Event()
         self._watch = DirectoryWatch(self._changed)
@@ -102,13 +110,18 @@ class Installer:
             while True:
                 failed = self._watch_directories()  # before the look, so that no change falls in between
                 self._wake.clear()
-                outcome = await _to_its_end(self._installation.look_and_repair)
+                outcome = await self._look()
                 self._last_look = time.monotonic()
                 self._note_unwatched(self._watch_directories() if failed else failed)
                 self._publish(outcome)
                 await self._wait_for_work(outcome)
         finally:
             self._watch.close()
+
+    async def _look(self) -> Outcome:
+        if self._superseded():
+            return Outcome(waiting="a newer agent installs on this node now")
+        return await _to_its_end(self._installation.look_and_repair)
 
     async def uninstall(self, *, purge: bool = False) -> tuple[str, ...]:
         """Take conf entry, kubeconfig and (`purge`, or as configured) the binary away; `run` must have ended.

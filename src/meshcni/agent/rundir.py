@@ -35,6 +35,10 @@ class SocketPaths:
             if now != made
         )
 
+    def taken(self) -> bool:
+        """Whether another process serves one of the paths: an agent that started after us, which does our work now."""
+        return any(_identity(path) not in (ABSENT, made) for path, made in self._made.items())
+
     def check(self) -> None:
         """Raise SocketLostError when a path is gone. One that another process took is left to it: a newer agent."""
         for path in self._made:
