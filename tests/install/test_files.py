@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,21 @@ def test_copy_only_when_content_or_mode_differs(tmp_path: Path) -> None:
     target.symlink_to(source)
     assert files.copy_by_rename(str(source), str(target))
     assert not target.is_symlink()
+
+
+def test_attributes_of_the_content_before_do_not_stay(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file capabilities")
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"new")
+    target.write_bytes(b"old")
+    net_admin = struct.pack("<5I", 0x02000000, 1 << 12, 0, 0, 0)  # struct vfs_cap_data, linux/capability.h
+    os.setxattr(target, "security.capability", net_admin)
+    os.setxattr(target, "trusted.of-the-file", b"stays")
+    assert files.copy_by_rename(str(source), str(target))
+    assert target.read_bytes() == b"new"
+    assert "trusted.of-the-file" in os.listxattr(target)
+    assert "security.capability" not in os.listxattr(target)
 
 
 def test_every_error_of_a_disk_has_a_hint() -> None:

@@ -22,6 +22,8 @@ from meshcni.errors import MeshCniError
 
 NEW_FILE_MODE = 0o600
 TEMP_MARK = ".tmp."  # as the original's, pkg/file: `<name>.tmp.<random>`; runtimes do not load such a name
+# Privileges and signatures of the bytes before: on other bytes they would be too much, or keep them from running.
+ATTRIBUTES_OF_CONTENT = frozenset({"security.capability", "security.ima", "security.evm"})
 LOCK_SECONDS = 5.0
 COPY_CHUNK = 1 << 20
 
@@ -242,7 +244,7 @@ def _take_over(fd: int, model: os.stat_result | None, path: str, mode: int | Non
 
 def _attributes(path: str) -> list[str]:
     try:
-        return os.listxattr(path)
+        return [name for name in os.listxattr(path) if name not in ATTRIBUTES_OF_CONTENT]
     except OSError:  # a file system without them
         return []
 
