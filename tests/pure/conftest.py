@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 import threading
@@ -11,7 +12,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # The example database is a folder; a pure test has none. Slow machines must not fail on a deadline.
-settings.register_profile("pure", database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# `make test` asks for more examples than a quick check does.
+examples = int(os.environ.get("MESHCNI_EXAMPLES", "25"))
+settings.register_profile(
+    "pure", max_examples=examples, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("pure")
 
 FORBIDDEN = (
