@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,15 @@ def test_every_address_answers(node: Node, address: str) -> None:
     node.ready(**QUIET)
     assert ask(node, "/readyz", address=address)[0] == 200
     assert ask(node, "/metrics", 15014, address=address)[0] == 200
+
+
+def test_a_name_that_is_no_utf8_breaks_neither_health_nor_log(node: Node) -> None:
+    (node.conf / os.fsdecode(b"05-\xff.conflist")).write_text("{")
+    agent = node.start(**QUIET)
+    wait_until("its reason in the log", lambda: "05-\\udcff.conflist is not valid JSON" in agent.log)
+    status, body = agent.get("/readyz")
+    assert status == 503
+    assert any("05-\udcff.conflist" in reason for reason in json.loads(body)["reasons"])
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -187,6 +197,7 @@ CONSOLE = [
     (encoded(time=1714979289), None),
     ('{"level":"info","msg":"no time"}\n', None),
     ('{"time":"2024-05-06T07:08:09Z","msg":"no level"}\n', None),
+    (encoded(msg="a\ud800b"), f"{TIME}\tinfo\tcni-plugin\ta\\ud800b"),
     ("no json", None),
     ("[]", None),
     (encoded(time="2024-05-06T09:08:09+02:00"), "2024-05-06T07:08:09.000000Z\tinfo\tcni-plugin\thello"),

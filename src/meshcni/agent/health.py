@@ -54,6 +54,6 @@ def endpoint(sources: Sequence[Reasons]) -> Handler:
         if not reasons:
             return Response()
         document = {"status": "Service Unavailable", "reasons": reasons}  # upstream's whole body is that status text
-        return Response(503, json.dumps(document, ensure_ascii=False).encode() + b"\n", JSON)
+        return Response(503, json.dumps(document).encode() + b"\n", JSON)
 
     return answer

@@ -18,7 +18,7 @@ LEVELS = frozenset({"debug", "info", "warn", "error"})  # upstream drops every o
 MAX_MESSAGE_CHARACTERS = 8192
 MAX_LABELS = 32
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # lone surrogates: no stream takes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class LogBatch:
 
 
 def printable(text: str) -> str:
-    """Return `text` with control characters and line separators as backslash escapes, so that it stays on one line."""
+    """Return `text` on one line: control characters, line separators and lone surrogates as backslash escapes."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
