@@ -56,6 +56,16 @@ def test_agent_whose_socket_another_one_took_is_not_ready(scene: Scene) -> None:
     assert f"another process serves {scene.run_dir / istio.AGENT_SOCKET_NAME}" in text
 
 
+def test_agent_whose_socket_another_one_took_cleans_nothing_up(scene: Scene) -> None:
+    agent = scene.start(DISABLE_SAFE_UPGRADE="true")
+    agent.wait_ready()
+    with listen_seqpacket(scene.run_dir / istio.AGENT_SOCKET_NAME):
+        assert agent.stop() == 0
+    assert "another agent serves this node" in agent.log
+    assert istio.PLUGIN_NAME in scene.conf.read_text()
+    assert not (scene.run_dir / istio.UNINSTALLED_MARKER_NAME).exists()
+
+
 def test_agent_without_its_socket_ends_and_leaves_everything(scene: Scene) -> None:
     agent = scene.start()
     agent.wait_ready()

@@ -220,6 +220,9 @@ class Agent:
         try:
             async with asyncio.timeout(grace):
                 await self._stop_installing()
+                if self.sockets.taken():
+                    log.info("at shutdown: keep: another agent serves this node, what is installed is its own now")
+                    return 0
                 evidence = await gather(
                     self.api if settings.kubernetes_service_host else None,
                     Identity(settings.pod_namespace, settings.pod_name, self.node, self.pods.synced.is_set()),
