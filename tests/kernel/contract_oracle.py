@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ipaddress
 import pwd
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,8 @@ class Contract:
     iptables: str
     ip6tables: str
     nft: str
-    ip: str  # for `ip -batch -`; lines that begin with -4 or -6 name their family
+    nft_declared: str  # not the original's: with the chains declared that have no rules and are jumped to all the same
+    ip: str  # for sh
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,18 @@ def contract(flags: Sequence[str], env: Mapping[str, str], addresses: Sequence[s
     """Return what the original does for a command line in a netns with these addresses, in the kernel's order."""
     raw = read_flags(flags, env)
     if raw["--skip-rule-apply"] in TRUE:
-        return Contract("", "", "", "")
+        return Contract("", "", "", "", "")
     p = parameters(raw, env, addresses, resolv_conf)
     if raw["--cleanup-only"] in TRUE:
-        return Contract("", "", "", ip_commands(p))
-    return Contract(iptables_text(p, 4), iptables_text(p, 6) if p.ipv6 else "", nft_text(p), ip_commands(p))
+        return Contract("", "", "", "", ip_commands(p))
+    nft = nft_transaction(p)
+    return Contract(
+        iptables=iptables_text(p, 4),
+        ip6tables=iptables_text(p, 6) if p.ipv6 else "",
+        nft=nft.text(),
+        nft_declared=nft.text(nft.targets()),
+        ip=ip_commands(p),
+    )
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -441,20 +449,24 @@ class Transaction:
         self.sizes[table, chain] += 1
         self.rules[table].append(f"insert rule inet istio-proxy-{table} {chain} index {index} {expression}")
 
-    def text(self) -> str:
+    def targets(self) -> set[tuple[str, str]]:
+        jumps = [(table, rule) for table, rules in self.rules.items() for rule in rules if " jump " in rule]
+        return {(table, rule.rpartition(" ")[2]) for table, rule in jumps}
+
+    def text(self, declared: Collection[tuple[str, str]] = ()) -> str:
         lines: list[str] = []
         for table, rules in self.rules.items():
             if not rules:
                 continue
             lines += [f"add table inet istio-proxy-{table}", f"flush table inet istio-proxy-{table}"]
             for chain, base in NFT_CHAINS[table].items():
-                if (table, chain) in self.sizes:
+                if (table, chain) in self.sizes or (table, chain) in declared:
                     lines.append(f"add chain inet istio-proxy-{table} {chain} {base}".rstrip())
             lines += rules
         return "\n".join(lines) + "\n"
 
 
-def nft_text(p: Parameters) -> str:
+def nft_transaction(p: Parameters) -> Transaction:
     out = Transaction()
     lbs = [f"ip daddr != {p.loopback}"] + (["ip6 daddr != ::1/128"] if p.ipv6 else [])
 
@@ -575,7 +587,7 @@ def nft_text(p: Parameters) -> str:
         if p.ipv6:
             out.insert(*inbound, 1, "iifname lo meta l4proto tcp ip6 saddr ::6/128 counter return")
         out.insert(*inbound, 2, "iifname lo meta l4proto tcp mark != 1338 counter return")
-    return out.text()
+    return out
 
 
 def nft_ip(prefix: str) -> str:
@@ -635,13 +647,13 @@ def nft_dns(p: Parameters, out: Transaction) -> None:
 def ip_commands(p: Parameters) -> str:
     lines = []
     if p.ipv6:
-        lines.append("-6 addr add ::6/128 dev lo")
+        lines.append("ip -6 addr add ::6/128 dev lo")
     if p.tproxy and p.inbound != "":
-        lines.append(f"-4 rule add fwmark {p.mark} lookup {p.table}")
-        lines.append(f"-4 route add local 0.0.0.0/0 dev lo table {p.table}")
+        lines.append(f"ip -4 rule add fwmark {p.mark} lookup {p.table}")
+        lines.append(f"ip -4 route add local 0.0.0.0/0 dev lo table {p.table}")
         if p.ipv6:
-            lines.append(f"-6 rule add fwmark {p.mark} lookup {p.table}")
-            lines.append(f"-6 route add local ::/0 dev lo table {p.table}")
+            lines.append(f"ip -6 rule add fwmark {p.mark} lookup {p.table}")
+            lines.append(f"ip -6 route add local ::/0 dev lo table {p.table}")
     return "".join(f"{line}\n" for line in lines)
 
 

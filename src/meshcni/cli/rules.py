@@ -26,6 +26,7 @@ from meshcni.rules.sidecar import sidecar_ruleset
 
 T = TypeVar("T")
 USAGE: Final = "Usage: meshcni rules sidecar [--pod POD.yaml | parameters] [--apply] [--format script|json|words]"
+FAILED: Final = 1  # a wrong command line too: the original has no other status but that of a failed validation
 RESOLVER_FILE: Final = "/etc/resolv.conf"
 
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         print(
             f"meshcni rules: {error.message}", *([f"  {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr
         )
-        return error.exit_code
+        return FAILED
 
 
 def _run(argv: Sequence[str]) -> int:
