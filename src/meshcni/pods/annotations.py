@@ -28,6 +28,7 @@ from meshcni.pods.values import (
 )
 
 DEFAULT_ORIGIN: Final = "default"
+MAX_ITEMS: Final = 2000  # of all lists of a pod; annotations could hold 50,000, which would keep other pods waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,14 @@ def derive_interception(pod: Pod, environment: Mapping[str, str] = NO_PAIRS) -> 
     _take_proxy_ids(found)
     _take_switches(found)
     _take_variables(found, environment)
-    return Derived(Interception(**found.values), MappingProxyType(found.origins), tuple(found.warnings))
+    interception = Interception(**found.values)
+    if interception.size > MAX_ITEMS:
+        raise PodSpecError(
+            f"pod {pod.full_name}: annotations and variables list {interception.size} ports, prefixes, interfaces and "
+            f"groups, at most {MAX_ITEMS} together can be used",
+            "join prefixes, or list what is to be captured instead of what is not",
+        )
+    return Derived(interception, MappingProxyType(found.origins), tuple(found.warnings))
 
 
 def _take_annotations(found: _Collection) -> None:

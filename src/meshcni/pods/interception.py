@@ -91,3 +91,8 @@ class Interception:
     tproxy_mark: int = istio.TPROXY_MARK
     tproxy_table: int = istio.TPROXY_TABLE
     loopback_cidr: IPv4Network = DEFAULT_LOOPBACK
+
+    @property
+    def size(self) -> int:
+        """How many items its lists hold."""
+        return sum(len(value) for name in self.__dataclass_fields__ if isinstance(value := getattr(self, name), tuple))

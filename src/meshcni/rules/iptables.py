@@ -8,17 +8,16 @@ Upstream: tools/istio-iptables/pkg/builder/iptables_builder_impl.go.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from functools import lru_cache
 
 from meshcni.rules.iptables_observed import OWN_PREFIX, ObservedChain, ObservedTables, own_entries, parse, target
 from meshcni.rules.iptables_rule import saved, written
 from meshcni.rules.model import BUILT_IN_CHAINS, Chain, Family, Ruleset, TableName
+from meshcni.rules.remember import remembered
 
 __all__ = ["ObservedChain", "ObservedTables", "expected", "listing", "parse", "render", "render_removal"]
 
 # The order of upstream's restore input.
 TABLE_ORDER = (TableName.FILTER, TableName.MANGLE, TableName.NAT, TableName.RAW)
-REMEMBERED = 64  # texts: most pods of a node have the same parameters, and a text takes a third of an ADD's own time
 
 
 def render(ruleset: Ruleset, family: Family, observed: ObservedTables | None = None, *, with_whys: bool = False) -> str:
@@ -33,7 +32,7 @@ def render(ruleset: Ruleset, family: Family, observed: ObservedTables | None = N
     return _script(tables, observed or ObservedTables(), expected(ruleset, family), with_whys=with_whys)
 
 
-@lru_cache(REMEMBERED)
+@remembered
 def _fresh(ruleset: Ruleset, family: Family) -> str:
     tables = {table.name: table.chains for table in ruleset.for_family(family)}
     return _script(tables, ObservedTables(), ObservedTables())
@@ -101,7 +100,7 @@ def _additions(chain: Chain, with_whys: bool) -> Iterator[str]:
 # --- the listing ------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(REMEMBERED)
+@remembered
 def expected(ruleset: Ruleset, family: Family) -> ObservedTables:
     """Return our chains and our entries in built-in chains as `parse` will find them in a netns nobody else uses."""
     return ObservedTables(

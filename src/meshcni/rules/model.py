@@ -301,6 +301,11 @@ class Ruleset:
     routes: tuple[LocalRoute, ...] = ()
     addresses: tuple[LoopbackAddress, ...] = ()
 
+    @property
+    def size(self) -> int:
+        """How many packet rules it holds."""
+        return sum(len(chain.rules) for table in self.tables for chain in table.chains)
+
     def for_family(self, family: Family) -> tuple[Table, ...]:
         """Return what of the tables concerns `family`: its rules, and the chains that hold some or are jumped to.
 

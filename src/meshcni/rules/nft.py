@@ -10,15 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 from meshcni import istio
 from meshcni.errors import RulesError
 from meshcni.rules.model import BUILT_IN_CHAINS, Chain, Ruleset, Table, TableName
 from meshcni.rules.nft_rule import chain_name, listed, written
+from meshcni.rules.remember import remembered
 
 TABLES = (TableName.NAT, TableName.MANGLE, TableName.RAW)
-REMEMBERED = 64  # texts: most pods of a node have the same parameters
 
 # Type, hook and priority of base chains. Priorities are numbers, because 1.0.6 refuses `dstnat` in an output chain.
 BASE_CHAINS: dict[tuple[TableName, str], tuple[str, str, int]] = {
@@ -51,7 +50,7 @@ def table_name(name: TableName) -> str:
     return istio.NFT_TABLE_PREFIX + name.value
 
 
-@lru_cache(REMEMBERED)
+@remembered
 def render(ruleset: Ruleset, *, with_whys: bool = False) -> str:
     """Return the transaction that replaces whatever is in our tables by `ruleset`.
 
@@ -125,7 +124,7 @@ class ObservedTables:
     foreign: tuple[str, ...] = ()
 
 
-@lru_cache(REMEMBERED)
+@remembered
 def expected(ruleset: Ruleset) -> ObservedTables:
     """Return our tables as `parse` will find them."""
     return ObservedTables(

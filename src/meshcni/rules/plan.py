@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
 
 from meshcni.rules import iptables, nft
 from meshcni.rules.iptables_observed import own_entries
 from meshcni.rules.model import BUILT_IN_CHAINS, Family, Ruleset
+from meshcni.rules.remember import remembered
 
 
 class DriftKind(Enum):
@@ -123,7 +123,7 @@ def _rule_drift(place: str, wanted: tuple[str, ...], there: tuple[str, ...]) -> 
         yield Drift(DriftKind.WRONG_ORDER, place, first)
 
 
-@lru_cache(iptables.REMEMBERED)
+@remembered
 def digest(ruleset: Ruleset) -> str:
     """Return 16 hexadecimal digits that are the same for rule sets that make the same kernel state."""
     lines = [" ".join(sorted(f"IPv{family.value}" for family in ruleset.families))]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import lru_cache
 from ipaddress import IPv6Address
 
 from meshcni import istio
@@ -40,6 +39,7 @@ from meshcni.rules.model import (
     Source,
     TableName,
 )
+from meshcni.rules.remember import remembered
 from meshcni.rules.sidecar_dns import DNS_PORT, capture_dns, captures_dns
 from meshcni.rules.sidecar_terms import (
     DIVERT,
@@ -73,7 +73,7 @@ MAX_IPTABLES_OWNER_GROUPS = 49
 _MAX_INTERFACE_BYTES = 15  # IFNAMSIZ - 1, linux/if.h
 
 
-@lru_cache(64)  # most pods of a node have the same parameters
+@remembered
 def sidecar_ruleset(parameters: Interception, families: frozenset[Family], backend: Backend) -> Ruleset:
     """Return what `parameters` ask for in a netns that has `families`, as `backend` spells it.
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from meshcni.errors import PodSpecError
-from meshcni.pods.annotations import derive_interception
+from meshcni.pods.annotations import MAX_ITEMS, derive_interception
 from meshcni.pods.interception import EVERYTHING, Interception, InterceptionMode, NumberRange
 from meshcni.pods.model import Container, Pod
 
@@ -257,6 +257,20 @@ def test_a_wrong_variable_is_named(own: dict[str, str], agents: dict[str, str], 
     with pytest.raises(PodSpecError) as caught:
         derive_interception(pod(env=own), agents)
     assert message in caught.value.message
+
+
+def test_lists_have_a_limit_together() -> None:
+    def listing(count: int) -> Mapping[str, str]:
+        return {
+            "traffic.sidecar.istio.io/excludeOutboundPorts": ",".join(map(str, range(count))),
+            "traffic.sidecar.istio.io/excludeOutboundIPRanges": "10.0.0.0/8",
+        }
+
+    fixed = Interception().size - 1  # of the default, less the excluded outbound port
+    count = MAX_ITEMS - fixed - 1
+    assert derive_interception(pod(listing(count))).interception.size == MAX_ITEMS
+    with pytest.raises(PodSpecError, match=f"pod shop/cart: .* list {MAX_ITEMS + 1} ports, .* at most {MAX_ITEMS}"):
+        derive_interception(pod(listing(count + 1)))
 
 
 @pytest.mark.parametrize("name", [DNS, DUAL, DROP, LOOPBACK, GROUPS, GROUPS_EXCLUDE])
