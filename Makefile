@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 SOURCES := src tests lab bench native scripts
 
-.PHONY: help setup demo test check format test-pure test-pure-313 test-kernel test-node test-cluster test-image bench plugin expected reference clean
+.PHONY: help setup demo test check format test-pure test-kernel test-node bench plugin expected reference clean
 
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+: .*##' Makefile | sed -E 's/: .*##/\t/' | expand -t 16
