@@ -138,7 +138,7 @@ async def test_installs_heals_and_leaves_everything_as_it_was(host: Host, name: 
             host.write(file, text)
         await until(lambda: carries(host, scenario.target) and installer.ready, "healed")
         await until(lambda: host.listing() == sorted(scenario.installed))
-        done = await uninstalled(installer)
+    done = await uninstalled(installer)
     assert {file: (host.conf / file).read_text() for file in host.listing()} == scenario.after
     assert not (host.run / "istio-cni-kubeconfig").exists()
     assert (host.run / "uninstalled").exists()
