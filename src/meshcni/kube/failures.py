@@ -19,8 +19,8 @@ CREDENTIALS = "credentials"  # our own token, CA or kubeconfig cannot be read
 
 HINTS: Mapping[int, str] = {
     400: "the request itself was refused; this is likely a bug or an API server too old for it",
-    401: "the token was refused: it may have expired, or its pod or service account been deleted; it is read again from "
-    "its file, but only a new pod gets the token of an account that was made anew",
+    401: "the token was refused: it may have expired, or its pod or service account been deleted; it is read again from"
+    " its file, but only a new pod gets the token of an account that was made anew",
     404: "the object does not exist, or no longer",
     409: "the object was changed or created by somebody else meanwhile",
     410: "the version asked for is no longer kept; list again",
