@@ -35,8 +35,7 @@ VARIANTS = {
     "legacy": ["--backend=iptables", "--force-iptables-binary=legacy"],
 }
 IPV4, IPV6 = "240.240.240.240", "fd00:77::2"
-# The kernel lists IPv4 addresses first. The oracle needs no others: it skips those of loopback.
-ADDRESSES = {"v4": [IPV4], "v6": [IPV6], "dual": [IPV4, IPV6]}
+ADDRESSES = {"v4": [IPV4], "v6": [IPV6], "dual": [IPV4, IPV6], "none": [], "link-local": ["fe80::77"]}
 RESOLV_CONF = {
     "": "",
     "v4": "search cluster.local\nnameserver 10.96.0.10\nnameserver 10.96.0.11\noptions ndots:5\n",
@@ -44,6 +43,12 @@ RESOLV_CONF = {
     "mixed": "nameserver fd00:96::a\nnameserver 10.96.0.10\nnameserver nonsense\nnameserver ::127.0.0.53\n",
     "none": "search cluster.local\n",
 }
+
+
+def addresses(kind: str) -> list[str]:
+    """Return a netns's addresses in the kernel's order: IPv4 first."""
+    added = ADDRESSES[kind]
+    return ["127.0.0.1", *(a for a in added if ":" not in a), "::1", *(a for a in added if ":" in a)]
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Case:
 
     def contract(self, variant: str) -> Contract:
         words = self.spelled[variant].split() if variant in self.spelled else self.words
-        return contract(words, self.env, ADDRESSES[self.netns], RESOLV_CONF[self.resolv_conf])
+        return contract(words, self.env, addresses(self.netns), RESOLV_CONF[self.resolv_conf])
 
 
 ALL = "-b * -i *"
@@ -348,6 +353,8 @@ REFUSED: dict[str, tuple[Case, str]] = {  # what the original gets no rules from
     "interface": (Case("-c an-interface-of-24-bytes"), "is no interface name"),
     "prefix": (Case("-i 10.0.0.0/33"), "is no prefix"),
     "mark": (Case("-m TPROXY -b * -t mark"), "mark is 'mark'"),
+    "no address but of loopback": (Case("", "none"), "no valid local IP address"),
+    "no address but of the link": (Case("", "link-local"), "no valid local IP address"),
 }
 
 
@@ -355,7 +362,7 @@ REFUSED: dict[str, tuple[Case, str]] = {  # what the original gets no rules from
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_both(name: str, variant: str) -> None:
     case, message = REFUSED[name]
-    with closing(new_netns("v4")) as theirs, closing(new_netns("v4")) as ours:
+    with closing(new_netns(case.netns)) as theirs, closing(new_netns(case.netns)) as ours:
         before = listing(ours, variant)
         with pytest.raises((AssertionError, ValueError)):
             load(theirs, case.contract(variant), variant)
@@ -562,7 +569,7 @@ def test_pod(name: str, variant: str, tmp_path: Path) -> None:
     path = tmp_path / "pod.yaml"
     path.write_text(json.dumps(manifest))
     with closing(new_netns(kind)) as theirs, closing(new_netns(kind)) as ours:
-        load(theirs, contract(pod_flags(manifest), {}, ADDRESSES[kind]), variant)
+        load(theirs, contract(pod_flags(manifest), {}, addresses(kind)), variant)
 
         status, output = run(ours, [*VARIANTS[variant], "--family-policy=original", f"--pod={path}"], {})
 
