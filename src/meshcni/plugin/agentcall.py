@@ -16,7 +16,8 @@ MIN_REPLY_SECONDS = 10.0
 
 _HINT = (
     f"is the {istio.DAEMONSET_NAME} pod of this node running? If Istio CNI is to go from this node, run "
-    f"'{istio.AGENT_NAME} uninstall' in that pod, or remove the entry of type {istio.PLUGIN_NAME} from the CNI conf"
+    f"'{istio.AGENT_NAME} uninstall' in that pod, or remove the entry of type {istio.PLUGIN_NAME} from the CNI conf; "
+    f"a file '{istio.UNINSTALLED_MARKER_NAME}' in the run directory lets pods pass until then"
 )
 
 
