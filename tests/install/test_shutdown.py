@@ -92,6 +92,16 @@ def pod(name: str, *, ending: bool = True, revision: str = "rev-1", phase: str =
     return {"metadata": metadata, "status": {"phase": phase}}
 
 
+def placed(pod: dict[str, Any]) -> dict[str, Any]:
+    """As the DaemonSet controller makes it: for one node by name, and for nodes that run Linux."""
+    name = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["node-1"]}]}
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [name]}}
+    return {**pod, "spec": {"nodeSelector": {"kubernetes.io/os": "linux"}, "affinity": {"nodeAffinity": required}}}
+
+
+OTHER_NODE = {"metadata": {"name": "node-1", "labels": {}}}
+
+
 Reply = int | Mapping[str, Any] | Sequence[Any]
 
 
@@ -188,6 +198,21 @@ ANSWERS: dict[str, tuple[Callable[[], ScriptedApi], Answer, str]] = {
     "may not read, siblings unknown": (lambda: ScriptedApi(daemonsets=[403], pods=[500]), Answer.NONE, "3"),
     "may not read, siblings stay": (
         lambda: ScriptedApi(daemonsets=[403], pods=[[pod("own"), pod("b", ending=False)]]),
+        Answer.FORBIDDEN,
+        "5b",
+    ),
+    "may not read, the node's labels no longer fit our pod": (
+        lambda: ScriptedApi(daemonsets=[403], pods=[[placed(pod("own")), pod("b", ending=False)]], nodes=[OTHER_NODE]),
+        Answer.EXCLUDES_NODE,
+        "1",
+    ),
+    "may not read, the node's labels still fit": (
+        lambda: ScriptedApi(daemonsets=[403], pods=[[placed(pod("own")), pod("b", ending=False)]], nodes=[NODE]),
+        Answer.FORBIDDEN,
+        "5b",
+    ),
+    "may not read, nor the node": (
+        lambda: ScriptedApi(daemonsets=[403], pods=[[placed(pod("own")), pod("b", ending=False)]], nodes=[403]),
         Answer.FORBIDDEN,
         "5b",
     ),

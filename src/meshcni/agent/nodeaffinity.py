@@ -1,4 +1,4 @@
-"""Whether a DaemonSet's template still selects a node: nodeSelector and required affinity, read like the scheduler."""
+"""Whether a DaemonSet or a pod of it still selects a node: nodeSelector and required affinity, as schedulers do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ Object = Mapping[str, Any]
 
 def excludes_node(daemonset: Object, node: Object) -> bool:
     """True only when the template's nodeSelector or required affinity positively excludes `node` (both API objects)."""
-    template = ((daemonset.get("spec") or {}).get("template") or {}).get("spec") or {}
+    return pod_spec_excludes_node(((daemonset.get("spec") or {}).get("template") or {}).get("spec") or {}, node)
+
+
+def pod_spec_excludes_node(spec: Object, node: Object) -> bool:
+    """The same for the `spec` of a pod that is on the node, whose labels may have changed since."""
     metadata = node.get("metadata") or {}
     labels = metadata.get("labels") or {}
-    if any(labels.get(key) != value for key, value in (template.get("nodeSelector") or {}).items()):
+    if any(labels.get(key) != value for key, value in (spec.get("nodeSelector") or {}).items()):
         return True
-    affinity = (template.get("affinity") or {}).get("nodeAffinity") or {}
+    affinity = (spec.get("affinity") or {}).get("nodeAffinity") or {}
     required = affinity.get("requiredDuringSchedulingIgnoredDuringExecution")
     if not required:
         return False

@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from meshcni import istio
-from meshcni.agent.nodeaffinity import excludes_node
+from meshcni.agent.nodeaffinity import excludes_node, pod_spec_excludes_node
 from meshcni.errors import KubeError
 
 Object = Mapping[str, Any]
@@ -264,7 +264,7 @@ async def _without_daemonset(api: Api, identity: Identity, start: Evidence, erro
     pods = [_agent_pod(item) for item in found if item.get("status", {}).get("phase") not in ("Succeeded", "Failed")]
     own = next((pod for pod in pods if pod.name == identity.pod_name), None)
     siblings = tuple(pod for pod in pods if pod.name != identity.pod_name)
-    return replace(
+    seen = replace(
         start,
         answer=Answer.FORBIDDEN,
         own=own,
@@ -272,6 +272,22 @@ async def _without_daemonset(api: Api, identity: Identity, start: Evidence, erro
         detail=f"the DaemonSet may not be read; {len(siblings)} other agent pods, "
         f"{sum(pod.terminating for pod in siblings)} of them being deleted",
     )
+    spec = next((item.get("spec") or {} for item in found if own and item["metadata"]["name"] == own.name), {})
+    if decide_shutdown(seen).row == "5b" and await _lost_its_node(api, identity, spec):
+        return replace(start, answer=Answer.EXCLUDES_NODE, detail=f"node {identity.node_name} has other labels now")
+    return seen
+
+
+async def _lost_its_node(api: Api, identity: Identity, own_spec: Object) -> bool:
+    """Whether the node's labels no longer fit our own pod: no successor comes, although other agent pods stay."""
+    if not own_spec:
+        return False
+    try:
+        async with asyncio.timeout(CALL_SECONDS):
+            node = await api.get_object("", "v1", "nodes", None, identity.node_name)
+    except (KubeError, TimeoutError):
+        return False
+    return pod_spec_excludes_node(own_spec, node)
 
 
 def _agent_pod(item: Object) -> AgentPod:
