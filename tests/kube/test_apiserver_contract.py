@@ -86,7 +86,7 @@ class Peer:
             "spec": {
                 "automountServiceAccountToken": False,
                 "containers": [{"name": "app", "image": "example.invalid/app:1"}],
-                **({"nodeName": node} if node else {}),
+                **({"nodeName": node} if node else {"schedulerName": "nobody"}),  # a real scheduler would find a node
             },
         }
         status, made = await self.call("POST", self.pods, pod)
