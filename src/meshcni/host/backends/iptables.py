@@ -74,14 +74,6 @@ def _first_executable(names: tuple[str, ...], search_path: tuple[str, ...]) -> s
     return next((path for path in candidates if os.access(path, os.X_OK)), "")
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A command at work; `words` are for messages."""
-
-    words: str
-    process: subprocess.Popen[str]
-
-
 class IptablesBackend:
     """Programs our chains and our entries in the built-in chains of one iptables variant; see PacketBackend."""
 
@@ -169,31 +161,19 @@ class IptablesBackend:
 
     def _save(self, family: Family) -> str:
         # From outside: the list of legacy tables in /proc is not for the root of another user namespace.
-        return _finish(self._start([self._path(self._tools.save, family)]))
+        return self._run([self._path(self._tools.save, family)])
 
     def _restore(self, texts: Mapping[Family, str]) -> None:
-        """Load each family's text, all at once. Raises the first failure when all have ended."""
+        """Load each family's text, one after the other: the kernel lists tables in the order of their making."""
         self._nft.forget()
         commands = {family: self._path(self._tools.restore, family) for family, text in texts.items() if text}
         prefix, descriptors = self._into_user_namespace() if commands else ((), ())
-        running: list[Running] = []
-        failures: list[ApplyError] = []
         try:
             for family, path in commands.items():
-                words = [*prefix, path, "--noflush", f"--wait={WAIT_SECONDS}"]
-                running.append(self._start(words, texts[family], descriptors))
-        except ApplyError as error:
-            failures.append(error)
+                self._run([*prefix, path, "--noflush", f"--wait={WAIT_SECONDS}"], texts[family], descriptors)
         finally:
             for fd in descriptors:
                 os.close(fd)
-        for process in running:
-            try:
-                _finish(process)
-            except ApplyError as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
 
     def _path(self, paths: Mapping[Family, str], family: Family) -> str:
         if not paths[family]:
@@ -202,31 +182,33 @@ class IptablesBackend:
             )
         return paths[family]
 
-    def _start(self, command: Sequence[str], text: str = "", descriptors: tuple[int, ...] = ()) -> Running:
+    def _run(self, command: Sequence[str], text: str = "", descriptors: tuple[int, ...] = ()) -> str:
+        """Run a command to its end and return what it printed. Raises ApplyError when it fails or takes too long."""
         self.processes += 1
-        # Standard input is a file in memory, so that nobody has to feed the process while another one runs.
-        stdin = os.memfd_create("iptables-input")
+        words = " ".join(command)
         try:
-            os.write(stdin, text.encode())
-            os.lseek(stdin, 0, os.SEEK_SET)
-            return Running(
-                " ".join(command),
-                subprocess.Popen(
-                    command,
-                    stdin=stdin,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    errors="replace",
-                    env=ENVIRONMENT,
-                    cwd="/",
-                    pass_fds=descriptors,
-                ),
+            done = subprocess.run(
+                command,
+                input=text,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                env=ENVIRONMENT,
+                cwd="/",
+                timeout=TIMEOUT_SECONDS,
+                pass_fds=descriptors,
+                check=False,
             )
+        except subprocess.TimeoutExpired:
+            raise ApplyError(
+                f"{words} took more than {TIMEOUT_SECONDS:.0f} s", "is its lock in the pod held?"
+            ) from None
         except OSError as error:
-            raise ApplyError(f"{command[0]} cannot be started: {error}", "is the agent's image complete?") from None
-        finally:
-            os.close(stdin)
+            raise ApplyError(f"{words} cannot be started: {error}", "is the agent's image complete?") from None
+        if done.returncode != 0:
+            complaint = done.stderr.strip()[:MAX_COMPLAINT]
+            raise ApplyError(f"{words} failed with status {done.returncode}: {complaint}", _hint(done.stderr))
+        return done.stdout
 
     def _into_user_namespace(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """Return the command prefix, and the descriptor it needs, for a pod with a user namespace of its own.
@@ -248,21 +230,6 @@ class IptablesBackend:
             os.close(owner)
             raise ApplyError("the pod has a user namespace of its own and there is no nsenter", "use nftables")
         return (self._tools.nsenter, f"--user=/proc/self/fd/{owner}", "--"), (owner,)
-
-
-def _finish(running: Running) -> str:
-    """Wait for a command and return what it printed. Raises ApplyError when it failed or took too long."""
-    words, process = running.words, running.process
-    try:
-        output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        raise ApplyError(f"{words} took more than {TIMEOUT_SECONDS:.0f} s", "is its lock in the pod held?") from None
-    if process.returncode != 0:
-        complaint = errors.strip()[:MAX_COMPLAINT]
-        raise ApplyError(f"{words} failed with status {process.returncode}: {complaint}", _hint(errors))
-    return output
 
 
 def _has_ours(tables: Mapping[str, tuple[str, ...]]) -> bool:
