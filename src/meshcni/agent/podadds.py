@@ -140,7 +140,7 @@ class PodAdds:
         finally:
             self._active -= 1
             self._metrics.set(m.ADDS_IN_PROGRESS, self._active)
-        self._finish(record)
+        asyncio.get_running_loop().call_soon(self._finish, record)  # the pod need not wait for our book-keeping
         return reply
 
     async def _add(self, request: AddRequest, netns_fd: int, record: AddRecord) -> AddReply:
