@@ -292,7 +292,7 @@ class Agent:
 
     def not_live(self) -> tuple[str, ...]:
         """Why the process should be restarted."""
-        return self.heartbeat.reasons()
+        return (*self.heartbeat.reasons(), *self.programmer.stuck())
 
     async def _exposition(self, _request: Request) -> Response:
         self._measure()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from meshcni.rules.model import Backend
 log = logging.getLogger(__name__)
 
 CHOICE_FILE_NAME = "backend.json"  # in the run directory: which iptables variant this boot uses, and why
+STUCK_SECONDS = 180.0  # an ADD has 60 s, the commands of both families and of their undoing 30 s each
 NATIVE = VariantChoice("nftables", "NATIVE_NFTABLES is set")
 
 
@@ -48,15 +50,24 @@ class Programmer:
     """
 
     def __init__(
-        self, config: BackendConfig, on_choice: Callable[[Backend, VariantChoice], None] = lambda backend, choice: None
+        self,
+        config: BackendConfig,
+        on_choice: Callable[[Backend, VariantChoice], None] = lambda backend, choice: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
+        self._clock = clock
         self.choice: VariantChoice | None = NATIVE if config.backend is Backend.NFTABLES else None
         self._on_choice = on_choice
         self._choosing = asyncio.Lock()
         self._slots = asyncio.Semaphore(max(2, os.cpu_count() or 1))
         self._locks: weakref.WeakValueDictionary[int, asyncio.Lock] = weakref.WeakValueDictionary()  # by netns inode
-        self._working: set[asyncio.Task[Applied]] = set()
+        self._working: dict[asyncio.Task[Applied], float] = {}  # when each began
+
+    def stuck(self) -> tuple[str, ...]:
+        """Why no pod may get its rules any more: work that has long been under way, behind which others wait."""
+        late = sum(self._clock() - begun > STUCK_SECONDS for begun in self._working.values())
+        return (f"{late} pods have been waiting for their rules for more than {STUCK_SECONDS:.0f} s",) if late else ()
 
     async def prepare(self) -> None:
         """Choose the iptables variant before the first ADD needs it; a failure is logged and met again there."""
@@ -78,8 +89,8 @@ class Programmer:
             expected_addresses=expected,
         )
         work = asyncio.get_running_loop().create_task(self._alone(os.dup(netns_fd), apply))
-        self._working.add(work)
-        work.add_done_callback(self._working.discard)
+        self._working[work] = self._clock()
+        work.add_done_callback(self._working.pop)
         return await asyncio.shield(work)  # who stops waiting must not give the netns free before the work has ended
 
     async def _alone(self, own_fd: int, apply: Callable[[], Applied]) -> Applied:
