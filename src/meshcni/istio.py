@@ -63,6 +63,10 @@ KUBEVIRT_INTERFACES = "traffic.sidecar.istio.io/kubevirtInterfaces"
 STATUS_PORT = "status.sidecar.istio.io/port"
 DATAPLANE_MODE = "istio.io/dataplane-mode"
 AMBIENT_REDIRECTION = "ambient.istio.io/redirection"
+REDIRECTION_ENABLED = "enabled"
+REDIRECTION_PENDING = "pending"
+AMBIENT_BYPASS_INBOUND = "ambient.istio.io/bypass-inbound-capture"
+AMBIENT_DNS_CAPTURE = "ambient.istio.io/dns-capture"
 
 # --- environment of the proxy container: cni/pkg/plugin/kubernetes.go, sidecar_redirect.go ---------------------------
 ENV_DNS_CAPTURE = "ISTIO_META_DNS_CAPTURE"
@@ -100,3 +104,22 @@ MAX_OWNER_GROUPS = 64
 
 IPTABLES_CHAIN_PREFIX = "ISTIO"
 NFT_TABLE_PREFIX = "istio-proxy-"  # tools/istio-nftables/pkg/constants
+
+# --- ambient redirection: cni/pkg/iptables, cni/pkg/nftables, cni/pkg/config, cni/pkg/nodeagent ------------------------
+ZTUNNEL_OUTBOUND_PORT = 15001
+ZTUNNEL_INBOUND_PLAINTEXT_PORT = 15006
+ZTUNNEL_INBOUND_PORT = 15008
+ZTUNNEL_DNS_PORT = 15053
+ZTUNNEL_MARK = 0x539  # on the packets of ztunnel's own sockets
+AMBIENT_TPROXY_MARK = 0x111
+AMBIENT_MARK_MASK = 0xFFF
+AMBIENT_RULE_PRIORITY = 32764
+AMBIENT_TABLE = 100
+PROBE_SNAT_V4 = "169.254.7.127"
+PROBE_SNAT_V6 = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"
+PROBE_SET_V4 = "istio-inpod-probes-v4"
+PROBE_SET_V6 = "istio-inpod-probes-v6"
+AMBIENT_NFT_TABLE_PREFIX = "istio-ambient-"
+ZTUNNEL_LABEL = ("app", "ztunnel")  # of ztunnel's own pod, in SYSTEM_NAMESPACE
+HOST_ROOT = "/host"  # where the chart mounts parts of the host
+HOST_PROC = "/host/proc"
