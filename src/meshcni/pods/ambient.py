@@ -17,6 +17,7 @@ from meshcni.pflag import go_bool
 DEFAULT_PROBE_V4 = IPv4Address(istio.PROBE_SNAT_V4)
 DEFAULT_PROBE_V6 = IPv6Address(istio.PROBE_SNAT_V6)
 MAX_INTERFACE_BYTES = 15  # IFNAMSIZ - 1, linux/if.h
+MAX_INTERFACES = 100  # so that nobody who annotates a pod decides what the node's agent weighs
 _INTERFACE_NAME = re.compile(r"[A-Za-z0-9_.:@\-]+\+?", re.ASCII)
 
 
@@ -89,8 +90,10 @@ def _switch(
 
 
 def read_interfaces(text: str, origin: str) -> tuple[str, ...]:
-    """Split at commas, drop blanks and repetitions; raises PodSpecError naming `origin` for what names no interface."""
-    names = tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    """Split at commas and drop blanks; raises PodSpecError naming `origin` for what names no interface."""
+    names = tuple(name for part in text.split(",") if (name := part.strip()))
+    if len(names) > MAX_INTERFACES:
+        raise PodSpecError(f"{origin} names {len(names)} interfaces, more than {MAX_INTERFACES}", "use a final +")
     for name in names:
         if not _INTERFACE_NAME.fullmatch(name) or len(name.encode()) > MAX_INTERFACE_BYTES:
             raise PodSpecError(
