@@ -78,6 +78,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
 }
 DEFAULT_GRACE_SECONDS = 30
+FIXED_METADATA = ("name", "namespace", "uid", "creationTimestamp")
 
 
 @dataclass(frozen=True)
@@ -226,21 +227,27 @@ class Cluster:
         return before if new == before else self._write(kind, key, new)
 
     def patch(self, kind: Kind, namespace: str, name: str, patch: Object, subresource: str = "") -> Object:
-        """A JSON merge patch (RFC 7386). `status` changes status and metadata, the object itself all but status."""
+        """A JSON merge patch (RFC 7386). `status` changes status and metadata, the object itself all but status.
+
+        Raises Refusal 404, 409 for a resourceVersion and 422 for a UID that are not the object's.
+        """
         before = self.get(kind, namespace, name)
-        wanted = patch.get("metadata", {}).get("resourceVersion")
-        if wanted not in (None, before["metadata"]["resourceVersion"]):
+        wanted = patch.get("metadata") or {}
+        if wanted.get("resourceVersion") not in (None, before["metadata"]["resourceVersion"]):
             raise Refusal(409, "Conflict", f'Operation cannot be fulfilled on {_qualified(kind)} "{name}"')
-        new = merge_patch(deepcopy(before), patch)
-        kept = ("spec",) if subresource == "status" else ("status",)
-        for name_of_part in (*kept, "kind", "apiVersion"):
-            new.pop(name_of_part, None)
-            if name_of_part in before:
-                new[name_of_part] = before[name_of_part]
-        for fixed in ("name", "namespace", "uid", "creationTimestamp"):
-            if fixed in before["metadata"]:
-                new["metadata"][fixed] = before["metadata"][fixed]
-        return self.replace(kind, (before["metadata"].get("namespace", ""), name), new)
+        if wanted.get("uid") and wanted["uid"] != before["metadata"]["uid"]:
+            raise immutable(kind, name, "metadata.uid", wanted["uid"])
+        merged = merge_patch(deepcopy(before), patch)
+        if subresource == "status":
+            new = before | {part: merged[part] for part in ("metadata", "status") if part in merged}
+            kept = (*FIXED_METADATA, "ownerReferences")
+        else:
+            new = merged | {part: before[part] for part in ("status", "kind", "apiVersion") if part in before}
+            kept = FIXED_METADATA
+        own = before["metadata"]
+        metadata = {field: value for field, value in new["metadata"].items() if field not in kept}
+        new["metadata"] = metadata | {field: own[field] for field in kept if field in own}
+        return self.replace(kind, (own.get("namespace", ""), name), new)
 
     def delete(self, kind: Kind, namespace: str, name: str, *, grace_seconds: int | None = None) -> Object:
         """Delete an object. A pod on a node is marked first and goes when deleted with grace 0, as a kubelet does."""
@@ -345,6 +352,21 @@ def too_large(wanted: int, current: int) -> Refusal:
         {
             "causes": [{"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}],
             "retryAfterSeconds": 1,
+        },
+    )
+
+
+def immutable(kind: Kind, name: str, field: str, value: str) -> Refusal:
+    """What a server answers to a patch of a field that cannot change."""
+    detail = f'Invalid value: "{value}": field is immutable'
+    return Refusal(
+        422,
+        "Invalid",
+        f'{kind.kind} "{name}" is invalid: {field}: {detail}',
+        {
+            "name": name,
+            "kind": kind.kind,
+            "causes": [{"reason": "FieldValueInvalid", "message": detail, "field": field}],
         },
     )
 

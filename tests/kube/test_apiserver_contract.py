@@ -21,9 +21,11 @@ import pytest
 from lab.apiserver import ApiServer
 from tests.kube.worlds import TOKEN, until
 
-from meshcni.kube.client import METADATA, METADATA_LIST, PODS, KubeApi, Object, split_lines
+from meshcni.istio import AMBIENT_REDIRECTION as REDIRECTION
+from meshcni.kube.client import MERGE_PATCH, METADATA, METADATA_LIST, PODS, KubeApi, Object, split_lines
 from meshcni.kube.credentials import InCluster
 from meshcni.kube.events import EventRecorder
+from meshcni.kube.failures import ApiError
 from meshcni.kube.informer import Informer
 from meshcni.kube.reducer import ChangeKind
 from meshcni.kube.transport import ClusterTransport
@@ -31,7 +33,6 @@ from meshcni.pods.model import pod_from_object
 
 VARIABLE = "MESHCNI_REAL_APISERVER"
 REAL = os.environ.get(VARIABLE, "")
-MERGE_PATCH = "application/merge-patch+json"
 NODE = "no-such-node"
 
 
@@ -404,12 +405,102 @@ async def test_a_merge_patch_of_status(open_peer: Any) -> None:
     assert "ambient.istio.io/redirection" not in removed["metadata"].get("annotations", {})
 
 
+async def test_a_patch_of_status_changes_status_and_metadata_only(open_peer: Any) -> None:
+    async with open_peer() as peer:
+        made = await peer.add_pod("a", {"app": "x"})
+        owner = {"apiVersion": "v1", "kind": "Node", "name": "n", "uid": "u"}
+        patch = {
+            "metadata": {"labels": {"app": "y"}, "ownerReferences": [owner]},
+            "spec": {"containers": [], "hostNetwork": True},
+            "status": {"podIP": "10.0.0.9"},
+        }
+        status, patched = await peer.call("PATCH", f"{peer.pods}/a/status", patch, content_type=MERGE_PATCH)
+        _, found = await peer.call("GET", f"{peer.pods}/a")
+
+    assert status == 200
+    assert found == patched
+    assert found["spec"] == made["spec"]
+    assert found["metadata"]["labels"] == {"app": "y"}
+    assert "ownerReferences" not in found["metadata"]
+    assert found["status"]["podIP"] == "10.0.0.9"
+
+
+# what a patch says of the UID -> HTTP status; {} stands for the pod's own
+UIDS = [
+    ({"uid": "{}"}, 200),
+    ({"uid": ""}, 200),
+    ({"uid": None}, 200),
+    ({"uid": "00000000-0000-4000-8000-00000000dead"}, 422),
+]
+
+
+@pytest.mark.parametrize(("metadata", "expected"), UIDS)
+@pytest.mark.parametrize("subresource", ["", "/status"])
+async def test_a_patch_can_name_the_uid_it_is_meant_for(
+    open_peer: Any, metadata: Object, expected: int, subresource: str
+) -> None:
+    async with open_peer() as peer:
+        made = await peer.add_pod("a")
+        own = made["metadata"]["uid"]
+        wanted = own if metadata["uid"] == "{}" else metadata["uid"]
+        patch = {"metadata": {"uid": wanted, "annotations": {"x": "1"}}}
+        status, answer = await peer.call("PATCH", f"{peer.pods}/a{subresource}", patch, content_type=MERGE_PATCH)
+        _, found = await peer.call("GET", f"{peer.pods}/a")
+
+    assert status == expected
+    assert found["metadata"]["uid"] == own
+    assert found["metadata"].get("annotations", {}) == ({"x": "1"} if expected == 200 else {})
+    if expected == 422:
+        assert found == made
+        assert (answer["kind"], answer["code"], answer["reason"]) == ("Status", 422, "Invalid")
+        assert answer["message"] == (f'Pod "a" is invalid: metadata.uid: Invalid value: "{wanted}": field is immutable')
+        assert answer["details"]["causes"][0]["field"] == "metadata.uid"
+
+
+async def test_a_patch_with_an_old_version_is_a_conflict(open_peer: Any) -> None:
+    async with open_peer() as peer:
+        made = await peer.add_pod("a")
+        old = made["metadata"]["resourceVersion"]
+        patch = {"metadata": {"resourceVersion": old, "annotations": {"x": "1"}}}
+        first, _ = await peer.call("PATCH", f"{peer.pods}/a/status", patch, content_type=MERGE_PATCH)
+        patch["metadata"]["annotations"] = {"x": "2"}
+        second, answer = await peer.call("PATCH", f"{peer.pods}/a/status", patch, content_type=MERGE_PATCH)
+
+    assert (first, second, answer["reason"]) == (200, 409, "Conflict")
+
+
+async def test_the_client_annotates_the_pod_it_means_and_no_other(open_peer: Any) -> None:
+    async with open_peer() as peer, KubeApi(peer.access) as api:
+        await peer.add_pod("a")
+        first = await api.get_pod(peer.namespace, "a")
+        enabled = await api.patch_redirection(peer.namespace, "a", first.uid, "enabled")
+        removed = await api.patch_redirection(peer.namespace, "a", first.uid, None)
+        again = await api.patch_redirection(peer.namespace, "a", first.uid, None)
+        await peer.delete_pod("a")
+        with pytest.raises(ApiError) as gone:
+            await api.patch_redirection(peer.namespace, "a", first.uid, "enabled")
+        await peer.add_pod("a")  # a successor of the same name, as StatefulSets make
+        with pytest.raises(ApiError) as replaced:
+            await api.patch_redirection(peer.namespace, "a", first.uid, "enabled")
+        successor = await api.get_pod(peer.namespace, "a")
+
+    assert (enabled.uid, enabled.annotations[REDIRECTION]) == (first.uid, "enabled")
+    assert REDIRECTION not in removed.annotations
+    assert again == removed
+    assert (gone.value.status, gone.value.reason) == (404, "NotFound")
+    assert (replaced.value.status, replaced.value.reason) == (409, "Conflict")
+    assert successor.uid != first.uid
+    assert REDIRECTION not in successor.annotations
+
+
 async def test_a_patch_of_a_missing_pod_and_of_no_known_type(open_peer: Any) -> None:
     async with open_peer() as peer:
         missing, _ = await peer.call("PATCH", f"{peer.pods}/a", {}, content_type=MERGE_PATCH)
+        with_uid = {"metadata": {"uid": "u"}}
+        missing_status, _ = await peer.call("PATCH", f"{peer.pods}/a/status", with_uid, content_type=MERGE_PATCH)
         unknown, _ = await peer.call("PATCH", f"{peer.pods}/a", {}, content_type="application/x-unheard-of")
 
-    assert (missing, unknown) == (404, 415)
+    assert (missing, missing_status, unknown) == (404, 404, 415)
 
 
 async def test_a_pod_on_a_node_is_marked_before_it_goes(open_peer: Any) -> None:

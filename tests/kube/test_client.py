@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -124,6 +125,54 @@ async def test_an_event_is_posted(world: World) -> None:
         assert [event["reason"] for event in server.cluster.objects("events")] == ["Why"]
 
 
+async def test_the_redirection_of_a_pod_is_annotated(world: World) -> None:
+    async with world() as (server, api):
+        server.add_pod(pod_object("a", uid="u1", annotations={"own": "kept"}))
+
+        pod = await api.patch_redirection("apps", "a", "u1", "pending")
+        request = server.requests[-1].request
+
+        assert dict(pod.annotations) == {"own": "kept", "ambient.istio.io/redirection": "pending"}
+        assert (request.method, request.path) == ("PATCH", "/api/v1/namespaces/apps/pods/a/status")
+        assert request.headers["content-type"] == "application/merge-patch+json"
+        wanted = {"metadata": {"uid": "u1", "annotations": {"ambient.istio.io/redirection": "pending"}}}
+        assert json.loads(request.body) == wanted
+        assert dict((await api.patch_redirection("apps", "a", "u1", None)).annotations) == {"own": "kept"}
+
+
+async def test_a_pod_that_has_the_name_of_another_is_not_annotated(world: World) -> None:
+    async with world() as (server, api):
+        server.add_pod(pod_object("a", uid="u2"))
+
+        gone = await failure_of(api.patch_redirection("apps", "b", "u1", "enabled"))
+        replaced = await failure_of(api.patch_redirection("apps", "a", "u1", "enabled"))
+
+        assert (gone.status, replaced.status) == (404, 409)
+        assert replaced.message.startswith("PATCH /api/v1/namespaces/apps/pods/a/status: HTTP 422: ")
+        assert "somebody else" in replaced.hint
+        assert "annotations" not in server.cluster.objects("pods")[0]["metadata"]
+
+
+async def test_another_field_that_is_invalid_is_no_conflict(account: Path) -> None:
+    async with double_and_api(account) as (server, api):
+        server.fault("status", status=422, reason="Invalid", message="metadata.annotations: Too long")
+
+        error = await failure_of(api.patch_redirection("apps", "a", "u1", "enabled"))
+
+    assert (error.status, error.reason) == (422, "Invalid")
+
+
+async def test_an_annotation_done_whose_answer_got_lost_is_done_again(world: World) -> None:
+    async with world() as (server, api):
+        server.add_pod(pod_object("a", uid="u1"))
+        server.fault("truncate", method="PATCH")
+
+        pod = await api.patch_redirection("apps", "a", "u1", "enabled")
+
+        assert pod.annotations["ambient.istio.io/redirection"] == "enabled"
+        assert [record.request.method for record in server.requests] == ["PATCH", "PATCH"]
+
+
 async def test_a_watch_gives_events_and_ends_when_the_server_ends_it(world: World) -> None:
     async with world() as (server, api), api.watch(PODS, field_selector="spec.nodeName=n1") as events:
         await until(lambda: server.watches)
@@ -169,6 +218,7 @@ RULES = [
     (lambda api: api.get_object(*NODES, None, "n1"), "get nodes"),
     (lambda api: api.list_objects(*PODS), "list pods"),
     (lambda api: api.create_event("a", {}), "create events in namespace a"),
+    (lambda api: api.patch_redirection("a", "b", "u", None), "patch pods/status in namespace a"),
 ]
 
 

@@ -28,8 +28,10 @@ MAX_CALLS = 8  # at once; more wait within their deadline. 429 answers are honou
 PAGE_LIMIT = 500  # objects per page of a list, as client-go's pager asks
 MAX_EVENT_BYTES = 4 * 1024 * 1024  # one line of a watch; etcd allows objects of 1.5 MiB
 MAX_ERROR_BYTES = 64 * 1024
+REPEATABLE = frozenset({"GET", "PATCH"})  # our patches name the state they want: sent twice they do the same as once
 
 JSON = "application/json"
+MERGE_PATCH = "application/merge-patch+json"
 METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
@@ -173,6 +175,20 @@ class KubeApi:
             raise without_answer(failures.BROKEN, describe("GET", path), "the answer is not a list of objects")
         return Page(tuple(items or ()), str(metadata.get("resourceVersion") or ""), str(metadata.get("continue") or ""))
 
+    async def patch_redirection(
+        self, namespace: str, name: str, uid: str, value: str | None, *, timeout: float = CALL_SECONDS
+    ) -> Pod:
+        """Annotate a pod with the state of its redirection, None takes the annotation away; returns the pod after it.
+
+        The pod of UID `uid` or none: 404 is for a name that nobody has, 409 for one that another pod has by now.
+        `pods/status` is patched because that is what the agent's role allows. Raises ApiError, and PodSpecError when
+        it was done but the answer is no pod.
+        """
+        body = {"metadata": {"uid": uid, "annotations": {istio.AMBIENT_REDIRECTION: value}}}
+        path = PODS.path(namespace, name, "status")
+        answer = await self._json("PATCH", path, body=body, content_type=MERGE_PATCH, timeout=timeout)
+        return pod_from_object(answer)
+
     async def create_event(self, namespace: str, event: Object, *, timeout: float = CALL_SECONDS) -> None:
         """Post a core/v1 Event into `namespace`."""
         await self._json("POST", EVENTS.path(namespace), body=event, timeout=timeout)
@@ -208,7 +224,7 @@ class KubeApi:
         accept = f"{METADATA}, {JSON}" if metadata_only else JSON
         call = describe("GET", path)
         transport = await self._open()
-        headers = self._headers(transport, accept)
+        headers = self._headers(transport, {"Accept": accept, "Content-Type": JSON})
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(open_seconds):
@@ -224,13 +240,21 @@ class KubeApi:
             yield _events(call, answer.chunks)
 
     async def _json(
-        self, method: str, path: str, *, accept: str = JSON, body: Object | None = None, timeout: float
+        self,
+        method: str,
+        path: str,
+        *,
+        accept: str = JSON,
+        body: Object | None = None,
+        content_type: str = JSON,
+        timeout: float,
     ) -> Object:
         """One call with deadline. A 401 reads the token again, a connection that broke is tried anew: once each."""
         call = describe(method, path)
+        wanted = {"Accept": accept, "Content-Type": content_type}
         try:
             async with asyncio.timeout(timeout), self._slots:
-                status, headers, content = await self._call(method, path, accept, body, timeout)
+                status, headers, content = await self._call(method, path, wanted, body, timeout)
         except TimeoutError as error:
             raise without_answer(failures.TIMEOUT, call, f"no answer within {timeout:g} s") from error
         if status >= 300:
@@ -238,13 +262,13 @@ class KubeApi:
         return _decoded(call, content)
 
     async def _call(
-        self, method: str, path: str, accept: str, body: Object | None, timeout: float
+        self, method: str, path: str, wanted: Mapping[str, str], body: Object | None, timeout: float
     ) -> tuple[int, Mapping[str, str], bytes]:
         transport = await self._open()
         content = json.dumps(body).encode() if body is not None else None
-        retries = {"unauthorized": 1, "broken": 1 if method == "GET" else 0}
+        retries = {"unauthorized": 1, "broken": 1 if method in REPEATABLE else 0}
         while True:
-            headers = self._headers(transport, accept)
+            headers = self._headers(transport, wanted)
             try:
                 async with transport.stream(method, path, headers, content, timeout) as answer:
                     got = b"".join([chunk async for chunk in answer.chunks])
@@ -258,8 +282,8 @@ class KubeApi:
             transport.token.forget()
             retries["unauthorized"] -= 1
 
-    def _headers(self, transport: Transport, accept: str) -> dict[str, str]:
-        headers = {"Accept": accept, "User-Agent": self._user_agent, "Content-Type": JSON}
+    def _headers(self, transport: Transport, wanted: Mapping[str, str]) -> dict[str, str]:
+        headers = {"User-Agent": self._user_agent, **wanted}
         if transport.token is not None:
             headers["Authorization"] = f"Bearer {transport.token.current()}"
         return headers

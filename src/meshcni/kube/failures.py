@@ -38,7 +38,8 @@ class ApiError(KubeError):
     """A failed call: `status` is the HTTP status (0 without an answer), `cause` one of the words above.
 
     `reason` is the API's machine-readable word (`Expired`, `NotFound` ...), `retry_after_seconds` what the server asked
-    us to wait, None when it did not.
+    us to wait, None when it did not. A UID that is not the object's own counts as 409 Conflict: API servers know it as
+    a precondition of updates and deletions only, and answer a patch with 422 because the field cannot change.
     """
 
     def __init__(
@@ -80,10 +81,13 @@ def from_status(call: str, answer: Mapping[str, Any], *, status: int = 0, retry_
     details = answer.get("details")
     details = details if isinstance(details, Mapping) else {}
     text = str(answer.get("message") or reason or "no explanation")
+    message = f"{call}: HTTP {code}: {text[:500]}"
+    if code == 422 and "metadata.uid" in _named(details, "field"):
+        code, reason = 409, "Conflict"
     wait = _integer(retry_after) or _integer(details.get("retryAfterSeconds"))
     return ApiError(
         code,
-        f"{call}: HTTP {code}: {text[:500]}",
+        message,
         _hint(code, call),
         reason=_reason(reason, text, details),
         retry_after_seconds=float(wait) if wait else None,
@@ -100,11 +104,15 @@ def _hint(code: int, call: str) -> str:
 
 def _reason(reason: str, text: str, details: Mapping[str, Any]) -> str:
     """`ResourceVersionTooLarge` comes as a cause of a Timeout from new servers and as a text only from old ones."""
-    causes = details.get("causes")
-    named = {str(c.get("reason")) for c in causes if isinstance(c, Mapping)} if isinstance(causes, list) else set()
-    if "ResourceVersionTooLarge" in named or "Too large resource version" in text:
+    if "ResourceVersionTooLarge" in _named(details, "reason") or "Too large resource version" in text:
         return "ResourceVersionTooLarge"
     return reason
+
+
+def _named(details: Mapping[str, Any], key: str) -> set[str]:
+    """What the causes of a Status object say under `key`."""
+    causes = details.get("causes")
+    return {str(c.get(key)) for c in causes if isinstance(c, Mapping)} if isinstance(causes, list) else set()
 
 
 def _rbac_rule(call: str) -> str:
