@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -11,6 +13,8 @@ from meshcni import istio
 from meshcni.errors import PodSpecError
 
 NO_PAIRS: Mapping[str, str] = MappingProxyType({})
+TERMINAL_PHASES = frozenset({"Succeeded", "Failed"})  # k8s.io/api core/v1 PodPhase: no container will ever run again
+Address = IPv4Address | IPv6Address
 
 
 def _no_pairs() -> Mapping[str, str]:
@@ -51,6 +55,9 @@ class Pod:
     phase: str = ""
     terminating: bool = False
     resource_version: str = ""
+    service_account: str = ""
+    runtime_class: str = ""
+    container_ids: frozenset[str] = frozenset()  # the runtime's, of every container made; without `containerd://`
 
     @property
     def full_name(self) -> str:
@@ -58,9 +65,35 @@ class Pod:
         return f"{self.namespace}/{self.name}"
 
     @property
+    def has_terminated(self) -> bool:
+        """Whether all its containers have ended for good; a pod that is only `terminating` still runs."""
+        return self.phase in TERMINAL_PHASES
+
+    @property
     def proxy(self) -> Container | None:
         """The sidecar proxy's container, init or regular; the last one of the name, as upstream scans them."""
         return next((one for one in reversed(self.containers) if one.name == istio.PROXY_CONTAINER), None)
+
+
+def pod_addresses(pod: Pod) -> tuple[tuple[Address, ...], tuple[str, ...]]:
+    """Parse the pod's addresses: each that is one, once and an IPv4-mapped one as IPv4; then the texts that are none.
+
+    One that cannot be read must not keep the others from being used.
+    """
+    read = [(_address(text), text) for text in pod.ips]
+    good = dict.fromkeys(address for address, _ in read if address is not None)
+    return tuple(good), tuple(text for address, text in read if address is None)
+
+
+def _address(text: str) -> Address | None:
+    """Read one address; with a zone (`fe80::1%eth0`) it is none that a pod is reached by."""
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    if isinstance(address, IPv4Address):
+        return address
+    return None if address.scope_id is not None else address.ipv4_mapped or address
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +111,8 @@ class Namespace:
 T = TypeVar("T")
 _TYPE_WORDS: Mapping[type, str] = {str: "a string", int: "an integer", bool: "true or false", list: "a list"}
 _HIGHEST_ID = 2**32 - 2  # (uid_t) -1 means "no user" to the kernel
+_STATUS_LISTS = ("initContainerStatuses", "containerStatuses", "ephemeralContainerStatuses")
+_CONTAINER_ID = re.compile(r"[a-z0-9-]+://([A-Za-z0-9_.-]+)", re.ASCII)  # core/v1 ContainerStatus: `<type>://<id>`
 
 
 def _wrong(path: str, value: object, expected: str) -> PodSpecError:
@@ -159,6 +194,16 @@ def _container(fields: Mapping[str, Any], path: str, is_init: bool) -> Container
     )
 
 
+def _container_ids(status: Mapping[str, Any]) -> Iterator[str]:
+    """Give the ids of the pod's containers; they only help to find its processes, so what is malformed is left out."""
+    for key in _STATUS_LISTS:
+        entries = status.get(key)
+        for entry in entries if isinstance(entries, list) else ():
+            text = entry.get("containerID") if isinstance(entry, Mapping) else None
+            if isinstance(text, str) and (match := _CONTAINER_ID.fullmatch(text)):
+                yield match[1]
+
+
 def pod_from_object(obj: Mapping[str, Any]) -> Pod:
     """Project a pod as the Kubernetes API gives it, decoded; PodSpecError names the field of a wrong type."""
     metadata, spec, status = (_read_object(obj, key) for key in ("metadata", "spec", "status"))
@@ -169,7 +214,7 @@ def pod_from_object(obj: Mapping[str, Any]) -> Pod:
         for path, fields in _read_objects(spec, key, "spec.")
     ]
     ips = [_read(entry, "ip", path, str, "") for path, entry in _read_objects(status, "podIPs", "status.")]
-    ips = ips or [_read(status, "podIP", "status.", str, "")]
+    ips = [ip for ip in ips if ip] or [_read(status, "podIP", "status.", str, "")]
     return Pod(
         namespace=_read(metadata, "namespace", "metadata.", str, ""),
         name=_read(metadata, "name", "metadata.", str, ""),
@@ -185,6 +230,9 @@ def pod_from_object(obj: Mapping[str, Any]) -> Pod:
         phase=_read(status, "phase", "status.", str, ""),
         terminating=metadata.get("deletionTimestamp") is not None,
         resource_version=_read(metadata, "resourceVersion", "metadata.", str, ""),
+        service_account=_read(spec, "serviceAccountName", "spec.", str, ""),
+        runtime_class=_read(spec, "runtimeClassName", "spec.", str, ""),
+        container_ids=frozenset(_container_ids(status)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 import pytest
@@ -9,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshcni.errors import PodSpecError
-from meshcni.pods.model import Container, Namespace, Pod, namespace_from_object, pod_from_object
+from meshcni.pods.model import (
+    Address,
+    Container,
+    Namespace,
+    Pod,
+    namespace_from_object,
+    pod_addresses,
+    pod_from_object,
+)
 
 WHOLE: dict[str, Any] = {
     "kind": "Pod",
@@ -24,6 +33,8 @@ WHOLE: dict[str, Any] = {
     },
     "spec": {
         "nodeName": "node-1",
+        "serviceAccountName": "cart",
+        "runtimeClassName": "gvisor",
         "hostNetwork": True,
         "securityContext": {"runAsUser": 1000, "runAsGroup": 2000},
         "initContainers": [{"name": "first", "args": ["a"]}],
@@ -41,7 +52,14 @@ WHOLE: dict[str, Any] = {
             }
         ],
     },
-    "status": {"phase": "Running", "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]},
+    "status": {
+        "phase": "Running",
+        "podIP": "10.0.0.1",
+        "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}],
+        "initContainerStatuses": [{"name": "first", "containerID": "containerd://aa"}],
+        "containerStatuses": [{"name": "istio-proxy", "containerID": "containerd://bb"}],
+        "ephemeralContainerStatuses": [{"name": "debug", "containerID": "containerd://cc"}],
+    },
 }
 
 
@@ -71,6 +89,9 @@ def test_a_whole_pod() -> None:
         phase="Running",
         terminating=True,
         resource_version="42",
+        service_account="cart",
+        runtime_class="gvisor",
+        container_ids=frozenset({"aa", "bb", "cc"}),
     )
 
 
@@ -78,6 +99,8 @@ NULLS = {
     "metadata": {"name": "a", "labels": None, "annotations": None, "deletionTimestamp": None, "namespace": None},
     "spec": {
         "hostNetwork": None,
+        "serviceAccountName": None,
+        "runtimeClassName": None,
         "securityContext": None,
         "initContainers": None,
         "containers": [{"name": "c", "args": None, "env": None, "securityContext": {"runAsUser": None}}],
@@ -110,8 +133,69 @@ def test_of_a_variable_given_twice_the_last_one_counts(
     assert container.env_from_elsewhere == elsewhere
 
 
-def test_only_one_address() -> None:
-    assert pod_from_object({"status": {"podIP": "10.0.0.9"}}).ips == ("10.0.0.9",)
+@pytest.mark.parametrize(
+    ("status", "ips"),
+    [
+        ({"podIP": "10.0.0.9"}, ("10.0.0.9",)),
+        ({"podIP": "10.0.0.9", "podIPs": []}, ("10.0.0.9",)),
+        ({"podIP": "10.0.0.9", "podIPs": [{"ip": ""}]}, ("10.0.0.9",)),
+        ({"podIP": "10.0.0.9", "podIPs": [{"ip": "10.0.0.8"}]}, ("10.0.0.8",)),
+        ({"podIP": "", "podIPs": [{}]}, ()),
+    ],
+)
+def test_the_list_of_addresses_counts_before_the_single_one(status: dict[str, Any], ips: tuple[str, ...]) -> None:
+    assert pod_from_object({"status": status}).ips == ips
+
+
+V4, V6 = IPv4Address("10.0.0.1"), IPv6Address("fd00::1")
+ADDRESSES: dict[str, tuple[tuple[str, ...], tuple[Address, ...], tuple[str, ...]]] = {
+    "none": ((), (), ()),
+    "both families": (("10.0.0.1", "fd00::1"), (V4, V6), ()),
+    "IPv4-mapped": (("::ffff:10.0.0.1",), (V4,), ()),
+    "one twice": (("10.0.0.1", "::ffff:10.0.0.1", "10.0.0.1"), (V4,), ()),
+    "one that is none": (("10.0.0.1", "10.0.0.256", "fd00::1", "x"), (V4, V6), ("10.0.0.256", "x")),
+    "with a zone": (("fe80::1%eth0",), (), ("fe80::1%eth0",)),
+    "with a prefix": (("10.0.0.1/24",), (), ("10.0.0.1/24",)),
+}
+
+
+@pytest.mark.parametrize(("ips", "good", "bad"), ADDRESSES.values(), ids=ADDRESSES)
+def test_addresses(ips: tuple[str, ...], good: tuple[Address, ...], bad: tuple[str, ...]) -> None:
+    assert pod_addresses(Pod("a", "b", ips=ips)) == (good, bad)
+
+
+@pytest.mark.parametrize(
+    ("status", "ids"),
+    [
+        ({"containerID": "cri-o://ab12"}, {"ab12"}),
+        ({"containerID": "docker://ab12"}, {"ab12"}),
+        ({"containerID": ""}, set()),
+        ({"containerID": None}, set()),
+        ({}, set()),
+        ({"containerID": "ab12"}, set()),
+        ({"containerID": "containerd://"}, set()),
+        ({"containerID": "containerd://a/b"}, set()),
+        ({"containerID": "containerd://../x\n"}, set()),
+        ({"containerID": 5}, set()),
+        ("x", set()),
+    ],
+)
+def test_ids_of_containers(status: Any, ids: set[str]) -> None:
+    listed = [{"containerID": "containerd://good"}, status]
+    assert pod_from_object({"status": {"containerStatuses": listed}}).container_ids == {"good"} | ids
+
+
+@pytest.mark.parametrize("listed", [None, [], "x", {"containerID": "containerd://a"}])
+def test_statuses_that_are_no_list_name_no_container(listed: Any) -> None:
+    assert pod_from_object({"status": {"containerStatuses": listed}}).container_ids == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("phase", "ended"),
+    [("Succeeded", True), ("Failed", True), ("Running", False), ("Pending", False), ("Unknown", False), ("", False)],
+)
+def test_phases_that_are_the_end(phase: str, ended: bool) -> None:
+    assert Pod("a", "b", phase=phase, terminating=True).has_terminated is ended
 
 
 def test_the_last_proxy_container_counts() -> None:
@@ -129,6 +213,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "annotations": ({"metadata": {"annotations": "x"}}, "metadata.annotations is 'x', expected an object"),
     "annotation": ({"metadata": {"annotations": {"p": 80}}}, "metadata.annotations[p] is 80, expected a string"),
     "host network": ({"spec": {"hostNetwork": "true"}}, "spec.hostNetwork is 'true', expected true or false"),
+    "service account": ({"spec": {"serviceAccountName": 1}}, "spec.serviceAccountName is 1, expected a string"),
+    "runtime class": ({"spec": {"runtimeClassName": []}}, "spec.runtimeClassName is [], expected a string"),
     "containers": ({"spec": {"containers": {}}}, "spec.containers is {}, expected a list"),
     "container": ({"spec": {"containers": ["x"]}}, "spec.containers[0] is 'x', expected an object"),
     "env": (
@@ -172,7 +258,9 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["name", "env", "args", "value", "valueFrom", "securityContext", "runAsUser", "ip", "x"]),
+            st.sampled_from(
+                ["name", "env", "args", "value", "valueFrom", "securityContext", "runAsUser", "ip", "x", "containerID"]
+            ),
             inner,
             max_size=3,
         )
@@ -181,7 +269,19 @@ JSON = st.recursive(
 )
 FIELDS = st.dictionaries(
     st.sampled_from(
-        ["name", "labels", "annotations", "containers", "initContainers", "securityContext", "hostNetwork", "podIPs"]
+        [
+            "name",
+            "labels",
+            "annotations",
+            "containers",
+            "initContainers",
+            "securityContext",
+            "hostNetwork",
+            "podIPs",
+            "serviceAccountName",
+            "runtimeClassName",
+            "containerStatuses",
+        ]
     ),
     JSON,
     max_size=4,
