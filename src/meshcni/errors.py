@@ -104,6 +104,20 @@ class ProtocolError(MeshCniError):
         self.cause = cause
 
 
+class ZtunnelError(MeshCniError):
+    """ztunnel was not told, or did not do, what it should; `cause` is the metric label.
+
+    One of `no-connection`, `nack`, `timeout` (it did not answer in time), `closed` (the connection ended before the
+    answer), `oversized` (the pod's names do not fit into a message).
+    """
+
+    cni_code = CNI_TRY_AGAIN_LATER
+
+    def __init__(self, cause: str, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.cause = cause
+
+
 class KubeError(MeshCniError):
     """The Kubernetes API did not give what was asked; `status` is the HTTP status, 0 when there was no answer."""
 

@@ -95,7 +95,7 @@ async def receive_message(connection: socket.socket, limit: int) -> Message | No
     """
     while True:
         try:
-            return _receive(connection, limit)
+            return receive_now(connection, limit)
         except BlockingIOError:
             await _readable(connection)
 
@@ -117,8 +117,8 @@ async def _readable(connection: socket.socket) -> None:
         loop.remove_reader(connection)
 
 
-def _receive(connection: socket.socket, limit: int) -> Message | None:
-    """Read one packet now; BlockingIOError when there is none yet."""
+def receive_now(connection: socket.socket, limit: int) -> Message | None:
+    """Read one packet of a non-blocking socket as `receive_message` does; BlockingIOError when there is none yet."""
     item = array.array("i")
     space = socket.CMSG_SPACE(MAX_DESCRIPTORS * item.itemsize)
     data, ancillary, flags, _ = connection.recvmsg(limit + 1, space, socket.MSG_CMSG_CLOEXEC)
