@@ -82,6 +82,14 @@ class NetnsError(MeshCniError):
     cni_code = CNI_INVALID_ENVIRONMENT
 
 
+class KubeletNotFoundError(MeshCniError):
+    """No process of the host is the kubelet, so the rule that exempts its probes cannot be written."""
+
+
+class CgroupError(MeshCniError):
+    """A process's cgroup file that is none, or that names two containers or two pods."""
+
+
 class RulesError(MeshCniError):
     """Parameters that make no valid rule set, or text that is no rule listing."""
 

@@ -1,0 +1,150 @@
+"""Which pods' processes run and in which network namespaces: one walk over a procfs root, for all who ask.
+
+What a walk learns of a process's cgroup is kept for the next one, under its number and start time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from meshcni import istio
+from meshcni.errors import CgroupError, NetnsError
+from meshcni.host import processes
+from meshcni.pods.cgrouppath import ContainerCgroup, parse_cgroup
+
+Netns = tuple[int, int]  # device and inode of its file
+
+
+class PodProcess(NamedTuple):
+    """A process in the cgroup of a pod's container.
+
+    `folder` is the process's under the procfs root, or that of a living thread when its first thread has ended; `start`
+    is in clock ticks since boot; `netns` is None when it could not be read, for the reason in `trouble`.
+    """
+
+    pid: int
+    start: int
+    comm: str
+    folder: str
+    cgroup: ContainerCgroup
+    netns: Netns | None
+    trouble: str = ""
+
+    def is_same(self) -> bool:
+        """Whether this process still has its number; False when it ended, whoever has the number now."""
+        try:
+            return processes.read_stat(self.folder).start == self.start
+        except (OSError, ValueError):
+            return False
+
+    def __str__(self) -> str:
+        return f"{self.pid} ({self.comm})"
+
+
+@dataclass(slots=True)
+class Walk:
+    """What one walk saw: pods' processes elsewhere than `on_host` (numbers), sentences about what was passed over."""
+
+    total: int = 0
+    in_pods: list[PodProcess] = field(default_factory=list)
+    on_host: list[int] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+
+
+class ProcessWalker:
+    """Walks the processes under `proc_root`. Not for several threads at once."""
+
+    def __init__(self, proc_root: str) -> None:
+        self.proc_root = proc_root
+        self._known: dict[int, tuple[int, ContainerCgroup]] = {}  # number -> start time, cgroup; of pods' only
+
+    @property
+    def remembered(self) -> int:
+        """Of how many processes the cgroup is kept; all of them ran at the last walk."""
+        return len(self._known)
+
+    def walk(self) -> Walk:
+        """Look at every process once. Raises NetnsError when the root does not tell the host's netns."""
+        never = self._never_a_pods()
+        seen = Walk()
+        known = self._known
+        self._known = {}
+        for pid in processes.pids(self.proc_root):
+            seen.total += 1
+            folder = f"{self.proc_root}/{pid}"
+            try:
+                netns, trouble = processes.namespace_of(folder), ""
+            except processes.GONE:
+                living = _living_thread(folder)
+                if living is None:
+                    continue  # it has ended or is a zombie, and has left its netns
+                folder, netns = living
+                trouble = ""
+            except OSError as error:
+                netns, trouble = None, error.strerror
+            if netns in never:
+                seen.on_host.append(pid)
+                continue
+            try:
+                process = self._identify(pid, folder, known.get(pid))
+            except processes.GONE:
+                continue
+            except (OSError, ValueError, CgroupError) as error:
+                seen.passed_over.append(f"process {pid}: {error}")
+                continue
+            if process is not None:
+                seen.in_pods.append(process._replace(netns=netns, trouble=trouble))
+        return seen
+
+    def on_host(self, seen: Walk) -> Iterator[PodProcess]:
+        """Yield those processes in pods' cgroups that are in the host's netns or in our own; nothing is remembered."""
+        for pid in seen.on_host:
+            try:
+                process = self._identify(pid, f"{self.proc_root}/{pid}", None)
+            except (OSError, ValueError, CgroupError):
+                continue
+            if process is not None:
+                yield process
+
+    def _identify(self, pid: int, folder: str, known: tuple[int, ContainerCgroup] | None) -> PodProcess | None:
+        """Return the process without its netns, None when it is no pod's."""
+        stat = processes.read_stat(folder)
+        if known is not None and known[0] == stat.start:
+            cgroup: ContainerCgroup | None = known[1]
+        else:
+            cgroup = parse_cgroup(processes.read(f"{folder}/cgroup").decode("utf-8", "replace"))
+        if cgroup is None:
+            return None  # not remembered: a runtime starts a container's process outside and moves it in
+        self._known[pid] = (stat.start, cgroup)
+        return PodProcess(pid, stat.start, stat.comm, folder, cgroup, None)
+
+    def _never_a_pods(self) -> frozenset[Netns]:
+        """Return the netns of the host and of this process."""
+        found = []
+        for folder in (f"{self.proc_root}/1", "/proc/self"):
+            try:
+                found.append(processes.namespace_of(folder))
+            except OSError as error:
+                raise NetnsError(
+                    f"cannot tell the host's network namespace by {folder}/ns/net: {error.strerror}",
+                    f"mount the host's /proc at {istio.HOST_PROC} and leave the agent the capability SYS_PTRACE",
+                ) from None
+        return frozenset(found)
+
+
+def _living_thread(process: str) -> tuple[str, Netns] | None:
+    """Return folder and netns of a thread that goes on after the first one has ended."""
+    try:
+        threads = os.listdir(f"{process}/task")
+    except OSError:
+        return None
+    for thread in threads:
+        folder = f"{process}/task/{thread}"
+        try:
+            return folder, processes.namespace_of(folder)
+        except OSError:
+            continue
+    return None
