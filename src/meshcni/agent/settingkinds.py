@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any
+from typing import Any, Final
 
 from meshcni import pflag
 from meshcni.cni.spec import MAX_AGENT_WAIT_SECONDS
@@ -14,6 +16,19 @@ from meshcni.pods.selectors import EnablementSelector, parse_enablement_selector
 from meshcni.pods.values import read_group_selection, read_id_ranges, read_loopback
 
 LEVELS = ("debug", "info", "warn", "error", "fatal", "none")  # pkg/log/options.go
+MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un has 108 with the final zero, unix(7)
+HIGHEST_UID = 2**32 - 2  # (uid_t) -1 means "no user" to the kernel
+_PATTERN = re.compile(r"[a-z0-9.*?-]+", re.ASCII)  # names of API objects, with the wildcards of a shell
+NOTHING_WORD = "none"  # for lists that are not empty by default: an empty variable means the default
+
+
+class HostIp(Enum):
+    """In place of an address: the node's own, which whoever needs it finds out. Compare with `is HOST_IP`."""
+
+    WORD = "hostIP"
+
+
+HOST_IP: Final = HostIp.WORD
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +52,13 @@ def _bounded(first: int, last: int) -> Callable[[str], int]:
     return read
 
 
-def _seconds_up_to(most: float) -> Callable[[str], float]:
+def _seconds_up_to(most: float, least: float = 0.0) -> Callable[[str], float]:
+    """Above 0 and from `least` to `most`."""
+
     def read(text: str) -> float:
         number = float(text)
-        if not 0 < number <= most:
-            raise ValueError(f"{text} is not in 0..{most:.0f}")
+        if not (number > 0 and least <= number <= most):
+            raise ValueError(f"{text} is not in {least:.0f}..{most:.0f}")
         return int(number) if number.is_integer() else number
 
     return read
@@ -55,6 +72,42 @@ def _directory(text: str) -> str:
     if not text.startswith("/"):
         raise ValueError("not an absolute path")
     return text.rstrip("/") or "/"
+
+
+def _socket_path(text: str) -> str:
+    if not text:
+        raise ValueError("it must not be empty")
+    if not text.startswith("/") or text.endswith("/"):
+        raise ValueError("not an absolute path of a file")
+    if len(text.encode()) > MAX_SOCKET_PATH_BYTES or "\0" in text:
+        raise ValueError(f"no path of a socket: it has {len(text.encode())} bytes")
+    return text
+
+
+def _probe_address(read: Callable[[str], IPv4Address | IPv6Address]) -> Callable[[str], Any]:
+    """An address that probes can come from, read by `read`, or the word `hostIP` in any case."""
+
+    def address(text: str) -> IPv4Address | IPv6Address | HostIp:
+        if text.lower() == HOST_IP.value.lower():
+            return HOST_IP
+        found = read(text)
+        if found.is_unspecified or found.is_multicast or found.is_loopback or "%" in text:
+            raise ValueError("no packet from elsewhere can have it as its source")
+        return found
+
+    return address
+
+
+def _show_probe_address(value: IPv4Address | IPv6Address | HostIp) -> str:
+    return value.value if isinstance(value, HostIp) else str(value)
+
+
+def _patterns(text: str) -> tuple[str, ...]:
+    patterns = () if text == NOTHING_WORD else _names(text)
+    for pattern in patterns:
+        if not _PATTERN.fullmatch(pattern):
+            raise ValueError(f"no name matches {pattern!r}")
+    return patterns
 
 
 def _file_name(text: str) -> str:
@@ -137,15 +190,39 @@ AGENT_WAIT = Kind(
     f"a number of seconds above 0, at most {MAX_AGENT_WAIT_SECONDS:.0f}",
     _seconds_up_to(MAX_AGENT_WAIT_SECONDS),
 )
+VERIFY_SECONDS = Kind("seconds", "a number of seconds, 1 to 3600", _seconds_up_to(3600, 1))
+OPTIONAL_UID = Kind(
+    "user id",
+    f"a user id, 0 to {HIGHEST_UID}",
+    _bounded(0, HIGHEST_UID),
+    lambda uid: "" if uid is None else str(uid),
+)
 NAMES = Kind("names", "names separated by commas", _names, ",".join)
+PATTERNS = Kind(
+    "patterns",
+    f"names with * and ?, separated by commas; the word {NOTHING_WORD} alone for no pattern",
+    _patterns,
+    lambda patterns: ",".join(patterns) or NOTHING_WORD,
+)
 DIRECTORY = Kind("directory", "an absolute path", _directory)
+SOCKET = Kind("socket", f"an absolute path of at most {MAX_SOCKET_PATH_BYTES} bytes", _socket_path)
 FILE_NAME = Kind("file name", "a file name without path", _file_name)
 CONFLIST_NAME = Kind("file name", "a file name without path that ends in .conflist", _conflist_name)
 LOOPBACK = _checked("prefix", "a prefix within 127.0.0.0/8, such as 127.0.0.1/32", read_loopback)
 GROUPS = _checked("groups", "* or group ids like 202,1000-1999", read_group_selection)
 GROUPS_EXCLUDED = _checked("groups", "group ids like 202,1000-1999", read_id_ranges)
-IPV4 = Kind("IPv4 address", "an IPv4 address", IPv4Address)
-IPV6 = Kind("IPv6 address", "an IPv6 address", IPv6Address)
+PROBE_V4 = Kind(
+    "IPv4 address or hostIP",
+    "an IPv4 address, or the word hostIP for the node's own",
+    _probe_address(IPv4Address),
+    _show_probe_address,
+)
+PROBE_V6 = Kind(
+    "IPv6 address or hostIP",
+    "an IPv6 address, or the word hostIP for the node's own",
+    _probe_address(IPv6Address),
+    _show_probe_address,
+)
 LOG_LEVELS = Kind(
     "levels",
     f"SCOPE:LEVEL or LEVEL, separated by commas; levels are {', '.join(LEVELS)}",

@@ -23,17 +23,22 @@ from meshcni.agent.settingkinds import (
     GROUPS,
     GROUPS_EXCLUDED,
     INTEGER,
-    IPV4,
-    IPV6,
     LOG_LEVELS,
     LOOPBACK,
     NAMES,
     OPTIONAL_PORT,
+    OPTIONAL_UID,
+    PATTERNS,
     PORT,
+    PROBE_V4,
+    PROBE_V6,
     SECONDS,
     SELECTORS,
+    SOCKET,
     TARGETS,
     TEXT,
+    VERIFY_SECONDS,
+    HostIp,
     Kind,
     choice,
 )
@@ -48,7 +53,7 @@ class Effect(Enum):
     """What a setting does in this version."""
 
     ACTS = "acts"
-    CHECKED = "checked, acts with ambient or repair"
+    CHECKED = "checked, acts with repair"
     IGNORED = "accepted and ignored"
 
 
@@ -189,9 +194,12 @@ class Settings:
     node_name: str = _setting("", TEXT, CLUSTER, "name of this node: whose pods are watched", env="NODE_NAME")
     pod_name: str = _setting("", TEXT, CLUSTER, "name of the agent's own pod", env="POD_NAME")
     pod_namespace: str = _setting("", TEXT, CLUSTER, "namespace of the agent's own pod", env="POD_NAMESPACE")
-    revision: str = _setting("", TEXT, CLUSTER, "revision label of this installation", env="REVISION", effect=LATER)
+    revision: str = _setting(
+        "", TEXT, CLUSTER, "revision label of this installation; nothing depends on it", env="REVISION",
+        effect=Effect.IGNORED)
     system_namespace: str = _setting(
-        "istio-system", TEXT, CLUSTER, "namespace of the control plane", env="SYSTEM_NAMESPACE", effect=LATER)
+        "istio-system", TEXT, CLUSTER, "namespace of the control plane; ztunnel's own pods are known by it",
+        env="SYSTEM_NAMESPACE")
     allow_switch_to_host_ns: bool = _setting(
         False, BOOLEAN, CLUSTER, f"the host's netns is {istio.HOST_NETNS}; false: the agent's own",
         env="ALLOW_SWITCH_TO_HOST_NS")
@@ -240,32 +248,54 @@ class Settings:
 
     # --- ambient ------------------------------------------------------------------------------------------------------
     ambient_enabled: bool = _setting(
-        False, BOOLEAN, AMBIENT, "ambient mode; this version refuses ambient pods", flag="ambient-enabled")
+        False, BOOLEAN, AMBIENT, "ambient mode: enroll the pods that the enablement selectors take",
+        flag="ambient-enabled")
     enable_ambient_detection_retry: bool = _setting(
         False, BOOLEAN, AMBIENT, "goes into the conf for the original's plugin; ours never falls through on an error",
         flag="enable-ambient-detection-retry")
     ambient_enablement_selector: tuple[EnablementSelector, ...] = _setting(
         (), SELECTORS, AMBIENT, "which pods are ambient; none when empty", env="AMBIENT_ENABLEMENT_SELECTOR")
     ztunnel_uds_address: str = _setting(
-        istio.ZTUNNEL_SOCKET, DIRECTORY, AMBIENT, "socket that ztunnel connects to", flag="ztunnel-uds-address",
-        effect=LATER)
+        istio.ZTUNNEL_SOCKET, SOCKET, AMBIENT, "socket that ztunnel connects to", flag="ztunnel-uds-address")
     ambient_dns_capture: bool = _setting(
-        False, BOOLEAN, AMBIENT, "capture DNS", env="AMBIENT_DNS_CAPTURE", effect=LATER)
-    ambient_ipv6: bool = _setting(False, BOOLEAN, AMBIENT, "program IPv6", env="AMBIENT_IPV6", effect=LATER)
+        False, BOOLEAN, AMBIENT, f"capture DNS of pods without annotation {istio.AMBIENT_DNS_CAPTURE}",
+        env="AMBIENT_DNS_CAPTURE")
+    ambient_ipv6: bool = _setting(
+        False, BOOLEAN, AMBIENT, "rules, routes and sets for IPv6 too; false: IPv6 traffic passes by the mesh",
+        env="AMBIENT_IPV6")
     ambient_reconcile_pod_rules_on_startup: bool = _setting(
-        False, BOOLEAN, AMBIENT, "renew the rules of running pods at start",
-        env="AMBIENT_RECONCILE_POD_RULES_ON_STARTUP", effect=LATER)
-    host_probe_snat_ip: IPv4Address = _setting(
-        IPv4Address("169.254.7.127"), IPV4, AMBIENT, "source address of host probes", env="HOST_PROBE_SNAT_IP",
-        effect=LATER)
-    host_probe_snat_ipv6: IPv6Address = _setting(
-        IPv6Address("fd16:9254:7127:1337:ffff:ffff:ffff:ffff"), IPV6, AMBIENT, "the same for IPv6",
-        env="HOST_PROBE_SNAT_IPV6", effect=LATER)
+        False, BOOLEAN, AMBIENT, "bring the rules of running pods up to date at start",
+        env="AMBIENT_RECONCILE_POD_RULES_ON_STARTUP")
+    host_probe_snat_ip: IPv4Address | HostIp = _setting(
+        IPv4Address(istio.PROBE_SNAT_V4), PROBE_V4, AMBIENT, "source address that marks probes of the node's kubelet",
+        env="HOST_PROBE_SNAT_IP")
+    host_probe_snat_ipv6: IPv6Address | HostIp = _setting(
+        IPv6Address(istio.PROBE_SNAT_V6), PROBE_V6, AMBIENT, "the same for IPv6", env="HOST_PROBE_SNAT_IPV6")
     ambient_use_scoped_xtables_locking: bool = _setting(
-        True, BOOLEAN, AMBIENT, "a lock file for each netns", env="AMBIENT_USE_SCOPED_XTABLES_LOCKING", effect=LATER)
+        True, BOOLEAN, AMBIENT, "of no effect: each netns always has an iptables lock of its own",
+        env="AMBIENT_USE_SCOPED_XTABLES_LOCKING", effect=Effect.IGNORED)
     ambient_enable_aws_branch_eni_probe: bool = _setting(
-        True, BOOLEAN, AMBIENT, "probe rule for AWS branch interfaces", env="AMBIENT_ENABLE_AWS_BRANCH_ENI_PROBE",
-        effect=LATER)
+        True, BOOLEAN, AMBIENT, "policy rules for probes of pods behind AWS branch interfaces",
+        env="AMBIENT_ENABLE_AWS_BRANCH_ENI_PROBE")
+    host_proc_dir: str = _setting(
+        "", DIRECTORY, AMBIENT, f"the host's procfs; empty: {istio.HOST_PROC} if it is there, else /proc",
+        env="HOST_PROC_DIR", ours=True)
+    kubelet_uid: int | None = _setting(
+        None, OPTIONAL_UID, AMBIENT, "user whose connections are probes (nftables); empty: that of the kubelet process",
+        env="KUBELET_UID", ours=True)
+    ambient_ztunnel_wait_seconds: float = _setting(
+        15, SECONDS, AMBIENT, "how long an ADD waits for a ztunnel to connect; below AGENT_WAIT_SECONDS",
+        env="AMBIENT_ZTUNNEL_WAIT_SECONDS", ours=True)
+    ambient_verify_seconds: float = _setting(
+        45, VERIFY_SECONDS, AMBIENT, "how often enrolled pods and the host's rules are verified",
+        env="AMBIENT_VERIFY_SECONDS", ours=True)
+    ambient_sandboxed_runtimes: tuple[str, ...] = _setting(
+        ("gvisor", "runsc", "kata*", "firecracker*"), PATTERNS, AMBIENT,
+        "RuntimeClasses whose pods are refused, because rules in the netns do not hold them",
+        env="AMBIENT_SANDBOXED_RUNTIMES", ours=True)
+    ambient_unenroll_on_uninstall: bool = _setting(
+        False, BOOLEAN, AMBIENT, "an uninstall takes running pods out of the mesh first; false: they stay captured",
+        env="AMBIENT_UNENROLL_ON_UNINSTALL", ours=True)
 
     # --- repair -------------------------------------------------------------------------------------------------------
     repair_enabled: bool = _setting(True, BOOLEAN, REPAIR, "look for broken pods", flag="repair-enabled", effect=LATER)
@@ -312,6 +342,8 @@ class Settings:
     envoy_user: str = _setting(
         "", TEXT, UNUSED, f"of no effect in CNI mode, where a proxy without a user of its own has {istio.PROXY_UID}",
         env=istio.ENV_ENVOY_USER)
+    istio_watch_namespace: str = _setting(
+        "", TEXT, UNUSED, "the pods of the node are watched in every namespace", env="ISTIO_WATCH_NAMESPACE")
     dry_run_file_path: str = _setting(
         "", TEXT, UNUSED, "the agent programs nothing dry; `meshcni rules` prints rules", env="DRY_RUN_FILE_PATH")
 

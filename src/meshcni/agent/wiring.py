@@ -13,6 +13,7 @@ from meshcni.pods.eligibility import Policy
 from meshcni.pods.selectors import to_objects
 from meshcni.rules.model import Backend
 
+HEALED_WITHIN_SECONDS = 60  # what drifts is to be healed within a minute
 CONF_KEYS = ("agent_wait_seconds",)  # settings of ours that the plugin needs: in the conf when not at their default
 
 
@@ -61,7 +62,7 @@ def warnings(settings: Settings) -> tuple[str, ...]:
     if settings.native_nftables and settings.force_iptables_binary:
         found.append("FORCE_IPTABLES_BINARY is of no effect: NATIVE_NFTABLES is set, and nftables wins")
     if settings.ambient_enabled:
-        found.append("ambient mode: this version refuses the ADDs of pods that the enablement selectors take")
+        found += _ambient_warnings(settings)
     if not settings.pod_namespace:
         found.append(
             "POD_NAMESPACE is not set: the plugin cannot tell this agent's own pod from others, needed to start "
@@ -70,6 +71,29 @@ def warnings(settings: Settings) -> tuple[str, ...]:
     if settings.cleans_up_always:
         found.append("every stop of this agent takes the plugin off the node: pods started then are outside the mesh")
     return tuple(found)
+
+
+def _ambient_warnings(settings: Settings) -> list[str]:
+    found = []
+    if not settings.node_name:
+        name = repr(settings.node) if settings.node else "that is the host name"
+        found.append(
+            f"NODE_NAME is not set: the pods of the node {name} are watched, and if this node has another name, no "
+            "running pod is ever enrolled or taken out; set it from spec.nodeName"
+        )
+    if not settings.ambient_enablement_selector:
+        found.append("AMBIENT_ENABLEMENT_SELECTOR is empty: ambient mode is enabled and takes no pod")
+    if settings.ambient_ztunnel_wait_seconds >= settings.agent_wait_seconds:
+        found.append(
+            f"AMBIENT_ZTUNNEL_WAIT_SECONDS ({settings.ambient_ztunnel_wait_seconds:g}) is not below AGENT_WAIT_SECONDS "
+            f"({settings.agent_wait_seconds:g}): the plugin gives up first and cannot say that ztunnel is missing"
+        )
+    if settings.ambient_verify_seconds > HEALED_WITHIN_SECONDS:
+        found.append(
+            f"AMBIENT_VERIFY_SECONDS is {settings.ambient_verify_seconds:g}: what others change in an enrolled pod may "
+            f"stay for longer than {HEALED_WITHIN_SECONDS} s"
+        )
+    return found
 
 
 def policy(settings: Settings) -> Policy:

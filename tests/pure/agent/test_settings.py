@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 import yaml  # noqa: F401  (selectors import it when they are read; no file may be opened during a test)
@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshcni.agent.resolution import resolve, show
+from meshcni.agent.settingkinds import HOST_IP
 from meshcni.agent.settings import ROWS, Effect, Settings
 from meshcni.errors import SettingError, UsageError
 
@@ -59,10 +60,11 @@ FORCE_IPTABLES_BINARY KUBERNETES_SERVICE_HOST KUBERNETES_SERVICE_PORT KUBERNETES
 ALLOW_SWITCH_TO_HOST_NS SYSTEM_NAMESPACE NODE_NAME POD_NAME REVISION HOST_PROBE_SNAT_IP HOST_PROBE_SNAT_IPV6
 AMBIENT_USE_SCOPED_XTABLES_LOCKING AMBIENT_ENABLE_AWS_BRANCH_ENI_PROBE ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR
 ISTIO_OUTBOUND_OWNER_GROUPS ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE ENVOY_USER DRY_RUN_FILE_PATH REPAIR_RUN_AS_DAEMON
-CURRENT_AGENT_VERSION GOMEMLIMIT ISTIO_OWNED_CNI_CONF_FILENAME
+CURRENT_AGENT_VERSION GOMEMLIMIT ISTIO_OWNED_CNI_CONF_FILENAME ISTIO_WATCH_NAMESPACE
 """
 VARIABLES = set(ORIGINAL_VARIABLES.split())
 IGNORED = {"CNI_NETWORK_CONFIG", "LOG_LEVEL", "REPAIR_RUN_AS_DAEMON", "CURRENT_AGENT_VERSION", "GOMEMLIMIT"}
+IGNORED |= {"ISTIO_WATCH_NAMESPACE", "REVISION"}
 FLAG_CASES = [line.split() for line in ORIGINAL_FLAGS.strip().splitlines()]
 
 
@@ -137,6 +139,20 @@ VALUES = [
     ("AMBIENT_ENABLED", "T", "ambient_enabled", True),
     ("CHAINED_CNI_PLUGIN", "0", "chained_cni_plugin", False),
     ("HOST_PROBE_SNAT_IP", "10.0.0.1", "host_probe_snat_ip", IPv4Address("10.0.0.1")),
+    ("HOST_PROBE_SNAT_IP", "hostIP", "host_probe_snat_ip", HOST_IP),
+    ("HOST_PROBE_SNAT_IP", "HOSTIP", "host_probe_snat_ip", HOST_IP),
+    ("HOST_PROBE_SNAT_IPV6", "hostip", "host_probe_snat_ipv6", HOST_IP),
+    ("HOST_PROBE_SNAT_IPV6", "fd00::7", "host_probe_snat_ipv6", IPv6Address("fd00::7")),
+    ("ZTUNNEL_UDS_ADDRESS", "/" + "x" * 106, "ztunnel_uds_address", "/" + "x" * 106),
+    ("HOST_PROC_DIR", "/host/proc/", "host_proc_dir", "/host/proc"),
+    ("KUBELET_UID", "0", "kubelet_uid", 0),
+    ("KUBELET_UID", "4294967294", "kubelet_uid", 2**32 - 2),
+    ("AMBIENT_VERIFY_SECONDS", "1", "ambient_verify_seconds", 1),
+    ("AMBIENT_VERIFY_SECONDS", "3600", "ambient_verify_seconds", 3600),
+    ("AMBIENT_ZTUNNEL_WAIT_SECONDS", "0.5", "ambient_ztunnel_wait_seconds", 0.5),
+    ("AMBIENT_UNENROLL_ON_UNINSTALL", "true", "ambient_unenroll_on_uninstall", True),
+    ("AMBIENT_SANDBOXED_RUNTIMES", "kata-*, gvisor ", "ambient_sandboxed_runtimes", ("kata-*", "gvisor")),
+    ("AMBIENT_SANDBOXED_RUNTIMES", "none", "ambient_sandboxed_runtimes", ()),
     ("MONITORING_PORT", "-1", "monitoring_port", -1),
     ("AGENT_WAIT_SECONDS", "1.5", "agent_wait_seconds", 1.5),
     ("MOUNTED_CNI_NET_DIR", "/etc/cni/net.d/", "mounted_cni_net_dir", "/etc/cni/net.d"),
@@ -148,6 +164,25 @@ VALUES = [
 @pytest.mark.parametrize(("variable", "text", "name", "value"), VALUES)
 def test_value(variable: str, text: str, name: str, value: object) -> None:
     assert getattr(resolve([], {variable: text}), name) == value
+
+
+SHOWN = [
+    ({"HOST_PROBE_SNAT_IP": "HostIp"}, "host_probe_snat_ip", "hostIP"),
+    ({}, "host_probe_snat_ipv6", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"),
+    ({}, "kubelet_uid", ""),
+    ({"KUBELET_UID": "0"}, "kubelet_uid", "0"),
+    ({}, "ambient_sandboxed_runtimes", "gvisor,runsc,kata*,firecracker*"),
+    ({"AMBIENT_SANDBOXED_RUNTIMES": "none"}, "ambient_sandboxed_runtimes", "none"),
+]
+
+
+@pytest.mark.parametrize(("variables", "name", "text"), SHOWN)
+def test_a_value_is_shown_as_it_can_be_written(variables: dict[str, str], name: str, text: str) -> None:
+    settings = resolve([], variables)
+    (shown,) = [one for one in show(settings) if one.row.name == name]
+    assert shown.value == text
+    written = dict.fromkeys(shown.row.variables, shown.value)
+    assert getattr(resolve([], written), name) == getattr(settings, name)
 
 
 def test_selectors() -> None:
@@ -182,6 +217,21 @@ BAD_VALUES = [
     ("FAMILY_POLICY", "both", "by-address, original"),
     ("HOST_PROBE_SNAT_IP", "::1", "an IPv4 address"),
     ("HOST_PROBE_SNAT_IPV6", "1.2.3.4", "an IPv6 address"),
+    ("HOST_PROBE_SNAT_IP", "0.0.0.0", "hostIP for the node's own"),
+    ("HOST_PROBE_SNAT_IP", "224.0.0.1", "as its source"),
+    ("HOST_PROBE_SNAT_IPV6", "::1", "as its source"),
+    ("HOST_PROBE_SNAT_IPV6", "fe80::1%eth0", "as its source"),
+    ("ZTUNNEL_UDS_ADDRESS", "ztunnel.sock", "an absolute path"),
+    ("ZTUNNEL_UDS_ADDRESS", "/run/ztunnel/", "an absolute path of a file"),
+    ("ZTUNNEL_UDS_ADDRESS", "/" + "x" * 107, "it has 108 bytes"),
+    ("HOST_PROC_DIR", "proc", "an absolute path"),
+    ("KUBELET_UID", "-1", "a user id"),
+    ("KUBELET_UID", "4294967295", "a user id"),
+    ("KUBELET_UID", "root", "a user id"),
+    ("AMBIENT_VERIFY_SECONDS", "0.5", "1 to 3600"),
+    ("AMBIENT_VERIFY_SECONDS", "3601", "1 to 3600"),
+    ("AMBIENT_ZTUNNEL_WAIT_SECONDS", "0", "seconds"),
+    ("AMBIENT_SANDBOXED_RUNTIMES", "kata|x", "no name matches 'kata|x'"),
     ("AMBIENT_ENABLEMENT_SELECTOR", "{", "failed to parse ambient enablement selector"),
     ("AMBIENT_ENABLEMENT_SELECTOR", "a: b", "failed to parse ambient enablement selector"),
     ("REPAIR_INIT_CONTAINER_EXIT_CODE", "1.5", "an integer"),
@@ -199,6 +249,11 @@ def test_unreadable_value_names_setting_value_origin_and_form(variable: str, tex
     assert f"environment variable {variable}" in said
     assert form in said
     assert caught.value.exit_code == 1
+
+
+def test_the_socket_of_ztunnel_must_not_be_taken_away() -> None:
+    with pytest.raises(SettingError, match=r"ztunnel_uds_address cannot be ''.*it must not be empty.*an absolute path"):
+        resolve(["--ztunnel-uds-address="], {})
 
 
 def test_unreadable_flag_names_the_flag() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml  # noqa: F401  (selectors import it when they are read; no file may be opened during a test)
 
 from meshcni import istio
 from meshcni.agent.resolution import resolve
@@ -56,13 +57,20 @@ def test_api_address() -> None:
     assert access.server == "https://10.0.0.1:443"
 
 
+AMBIENT = {"AMBIENT_ENABLED": "true", "AMBIENT_ENABLEMENT_SELECTOR": "[{}]", "NODE_NAME": "n1"}
+
+
 @pytest.mark.parametrize(
     ("variables", "part"),
     [
         ({"NATIVE_NFTABLES": "true", "FORCE_IPTABLES_BINARY": "nft"}, "nftables wins"),
-        ({"AMBIENT_ENABLED": "true"}, "refuses"),
         ({"DISABLE_SAFE_UPGRADE": "true"}, "outside the mesh"),
         ({"POD_NAMESPACE": ""}, "agent's own pod"),
+        (AMBIENT | {"NODE_NAME": ""}, "NODE_NAME is not set: the pods of the node that is the host name are watched"),
+        (AMBIENT | {"NODE_NAME": "", "KUBERNETES_NODE_NAME": "n2"}, "NODE_NAME is not set: the pods of the node 'n2'"),
+        (AMBIENT | {"AMBIENT_ENABLEMENT_SELECTOR": ""}, "takes no pod"),
+        (AMBIENT | {"AMBIENT_ZTUNNEL_WAIT_SECONDS": "20"}, "(20) is not below AGENT_WAIT_SECONDS (20)"),
+        (AMBIENT | {"AMBIENT_VERIFY_SECONDS": "61"}, "AMBIENT_VERIFY_SECONDS is 61"),
     ],
 )
 def test_surprising_settings_are_said(variables: dict[str, str], part: str) -> None:
@@ -70,5 +78,11 @@ def test_surprising_settings_are_said(variables: dict[str, str], part: str) -> N
     assert part in warning
 
 
-def test_what_the_chart_sets_is_no_surprise() -> None:
-    assert warnings(resolve([], {"POD_NAMESPACE": "istio-system"})) == ()
+@pytest.mark.parametrize("mode", [{}, AMBIENT])
+def test_what_the_chart_sets_is_no_surprise(mode: dict[str, str]) -> None:
+    assert warnings(resolve([], {"POD_NAMESPACE": "istio-system", **mode})) == ()
+
+
+def test_ambient_settings_are_no_surprise_without_ambient() -> None:
+    variables = {"POD_NAMESPACE": "istio-system", "AMBIENT_VERIFY_SECONDS": "3600", "AGENT_WAIT_SECONDS": "1"}
+    assert warnings(resolve([], variables)) == ()
