@@ -28,7 +28,7 @@ class NftUnavailableError(ApplyError):
 class Context(Protocol):
     """What of the binding's `Nftables` is used."""
 
-    def cmd(self, cmdline: str) -> tuple[int, str, str]:
+    def cmd(self, cmdline: bytes) -> tuple[int, bytes, bytes]:
         """Execute commands: status, output, errors."""
 
 
@@ -107,10 +107,15 @@ class Nft:
         with _one_at_a_time:
             if self._context is None:
                 self._context = _new_context()
-            status, output, errors = self._context.cmd(commands)
+            # As bytes: a comment of somebody else's may hold any, and would make the binding fail on all the rest.
+            status, output, errors = self._context.cmd(commands.encode())
         if status != 0:
-            raise _explain(str(errors).strip())
-        return str(output)
+            raise _explain(_text(errors).strip())
+        return _text(output)
+
+
+def _text(output: bytes) -> str:
+    return output.decode(errors="backslashreplace")
 
 
 def _read_chains(listing: str) -> Mapping[tuple[str, str], tuple[str, ...]]:
