@@ -119,6 +119,7 @@ PROBE_SNAT_V4 = "169.254.7.127"
 PROBE_SNAT_V6 = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"
 PROBE_SET_V4 = "istio-inpod-probes-v4"
 PROBE_SET_V6 = "istio-inpod-probes-v6"
+AMBIENT_HOST_CHAIN = "ISTIO_POSTRT"
 AMBIENT_NFT_TABLE_PREFIX = "istio-ambient-"
 ZTUNNEL_LABEL = ("app", "ztunnel")  # of ztunnel's own pod, in SYSTEM_NAMESPACE
 HOST_ROOT = "/host"  # where the chart mounts parts of the host

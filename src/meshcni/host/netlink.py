@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-NLM_F_CREATE, NLM_F_EXCL = 0x400, 0x200
+NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE = 0x400, 0x200, 0x100
 NLA_F_NESTED, NLA_F_NET_BYTEORDER = 0x8000, 0x4000
 
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300

@@ -1,7 +1,8 @@
-"""Sidecar redirection in the network namespace of the calling thread: apply, remove, observe.
+"""Redirection in the network namespace of the calling thread: apply, verify, remove; and a sidecar's in particular.
 
-All or nothing: rules, addresses and routes are in place and looked at before `apply_sidecar` returns; if any part
-fails, nothing of ours stays and the caller gets the error.
+All or nothing: rules, addresses and routes are in place and looked at before an apply returns; if any part fails,
+nothing of ours stays and the caller gets the error. Where packets must not get past a proxy that they went through
+before, a failure leaves what was there (`keep_on_failure`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from meshcni.host.backends.nftables import NftablesBackend
 from meshcni.host.netns import NetnsFacts, facts
 from meshcni.pods.interception import Interception
 from meshcni.rules import plan
-from meshcni.rules.model import Backend, Family, PolicyRule, Ruleset
+from meshcni.rules.model import Backend, Family, PolicyRule, Purpose, Ruleset
 from meshcni.rules.sidecar import sidecar_ruleset
 
 Address = IPv4Address | IPv6Address
@@ -108,14 +109,19 @@ def apply_sidecar(
 
 
 def apply_ruleset(
-    ruleset: Ruleset, backend: Backend, *, force_iptables: str = "", choice: VariantChoice | None = None
+    ruleset: Ruleset,
+    backend: Backend,
+    *,
+    force_iptables: str = "",
+    choice: VariantChoice | None = None,
+    keep_on_failure: bool = False,
 ) -> Applied:
     """Make `ruleset` (built for `backend`) all that this namespace holds of ours, in one backend only. Blocking.
 
-    Raises ApplyError; then nothing of ours is left.
+    Raises ApplyError; then nothing of ours is left, or with `keep_on_failure` everything that was not replaced.
     """
-    chosen, others, reason = _backends(backend, force_iptables, choice)
-    return program(ruleset, backend, chosen, others, reason)
+    chosen, others, reason = _backends(ruleset.purpose, backend, force_iptables, choice)
+    return program(ruleset, backend, chosen, others, reason, keep_on_failure=keep_on_failure)
 
 
 def remove_sidecar(parameters: Interception | None = None) -> None:
@@ -125,7 +131,7 @@ def remove_sidecar(parameters: Interception | None = None) -> None:
     interfaces. Raises ApplyError.
     """
     known = None if parameters is None else sidecar_ruleset(parameters, frozenset(Family), Backend.IPTABLES)
-    for backend in _all_backends():
+    for backend in all_backends(Purpose.SIDECAR):
         if backend.holds_ours():
             backend.remove(known)
     routes.remove(known or routes.NOTHING)
@@ -133,7 +139,8 @@ def remove_sidecar(parameters: Interception | None = None) -> None:
 
 def observe_sidecar() -> Observation:
     """Tell what the calling thread's network namespace holds of ours; starts no process and changes nothing."""
-    return Observation(tuple(backend.variant for backend in _all_backends() if backend.holds_ours()), routes.observe())
+    holding = tuple(backend.variant for backend in all_backends(Purpose.SIDECAR) if backend.holds_ours())
+    return Observation(holding, routes.observe())
 
 
 def verify_sidecar(
@@ -148,30 +155,47 @@ def verify_sidecar(
     Reads everything back, rule by rule (with iptables one process for each family), and changes nothing.
     """
     families = choose_families(facts(), parameters.dual_stack, family_policy)
-    ruleset = sidecar_ruleset(parameters, families, backend)
-    chosen, others, _reason = _backends(backend, "", choice)
+    return verify_ruleset(sidecar_ruleset(parameters, families, backend), backend, choice=choice)
+
+
+def verify_ruleset(
+    ruleset: Ruleset, backend: Backend, *, force_iptables: str = "", choice: VariantChoice | None = None
+) -> tuple[str, ...]:
+    """Return in words how the namespace differs from `ruleset`; changes nothing. Raises ApplyError."""
+    chosen, others, _reason = _backends(ruleset.purpose, backend, force_iptables, choice)
     doubles = tuple(f"rules of ours are in {other.variant} too" for other in others if other.holds_ours())
     return (*(str(drift) for drift in chosen.drift(ruleset)), *routes.missing(ruleset), *doubles)
 
 
 def program(
-    ruleset: Ruleset, kind: Backend, chosen: PacketBackend, others: tuple[PacketBackend, ...] = (), reason: str = ""
+    ruleset: Ruleset,
+    kind: Backend,
+    chosen: PacketBackend,
+    others: tuple[PacketBackend, ...] = (),
+    reason: str = "",
+    *,
+    keep_on_failure: bool = False,
 ) -> Applied:
-    """Program `ruleset` with the backend `chosen`, take what is ours out of `others`, and look at the result."""
+    """Program `ruleset` with the backend `chosen`, take what is ours out of `others`, and look at the result.
+
+    Everything that is new is in before anything that was there goes, so that no packet finds nothing.
+    """
     try:
-        changed = chosen.apply(ruleset)
-        for other in others:  # after the new rules are in place, so that no packet finds none
+        changed = routes.establish(ruleset)
+        changed |= chosen.apply(ruleset, keep_on_failure=keep_on_failure)
+        for other in others:
             if other.holds_ours():
                 other.remove(ruleset)
                 changed = True
-        changed |= routes.converge(ruleset)
+        changed |= routes.clean(ruleset)
         absent = (*chosen.missing(ruleset), *routes.missing(ruleset))
         if absent:
             raise ApplyError(
                 f"after programming, the kernel lacks: {', '.join(absent)}", "does something else program this pod?"
             )
     except Exception as error:  # whatever it was: half of a rule set is worse than none
-        _undo(ruleset, (chosen, *others), error)
+        if not keep_on_failure:
+            _undo(ruleset, (chosen, *others), error)
         raise
     processes = sum(backend.processes for backend in (chosen, *others))
     return Applied(kind, chosen.variant, ruleset.families, plan.digest(ruleset), processes, changed, reason, ruleset)
@@ -192,10 +216,10 @@ def _undo(ruleset: Ruleset, backends: tuple[PacketBackend, ...], cause: Exceptio
 
 
 def _backends(
-    backend: Backend, forced: str, choice: VariantChoice | None
+    purpose: Purpose, backend: Backend, forced: str, choice: VariantChoice | None
 ) -> tuple[PacketBackend, tuple[PacketBackend, ...], str]:
     """Return the backend to use here, all others, and the reason for the iptables variant."""
-    candidates = {candidate.variant: candidate for candidate in _all_backends()}
+    candidates = {candidate.variant: candidate for candidate in all_backends(purpose)}
     variant, reason = NftablesBackend.variant, "nftables is asked for"
     if backend is Backend.IPTABLES:
         variant, reason = _variant_here(candidates, forced, choice)
@@ -215,10 +239,11 @@ def _variant_here(candidates: dict[str, PacketBackend], forced: str, choice: Var
     return decided.variant, decided.reason
 
 
-def _all_backends() -> tuple[PacketBackend, ...]:
+def all_backends(purpose: Purpose) -> tuple[PacketBackend, ...]:
+    """Return every backend that this image has, for what is ours for `purpose` in this thread's namespace."""
     tools = [found for found in map(find_tools, VARIANTS) if found is not None]
     nft_here = Nft()
-    return (NftablesBackend(nft_here), *(IptablesBackend(found, nft_here) for found in tools))
+    return (NftablesBackend(nft_here, purpose), *(IptablesBackend(found, nft_here, purpose) for found in tools))
 
 
 def _words(addresses: Iterable[Address]) -> str:

@@ -11,7 +11,7 @@ import struct
 import sys
 from typing import NamedTuple
 
-from meshcni.host.netlink import NLM_F_CREATE, NLM_F_EXCL, NetlinkSocket, attribute, attributes
+from meshcni.host.netlink import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NetlinkSocket, attribute, attributes
 
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
@@ -28,6 +28,7 @@ _RTA_DST, _RTA_OIF, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 7, 15
 _FRA_DST, _FRA_IIFNAME, _FRA_PRIORITY, _FRA_FWMARK, _FRA_TABLE, _FRA_FWMASK = 1, 3, 6, 10, 15, 16
 _FRA_SUPPRESS_PREFIXLEN, _FRA_PAD, _FRA_PROTOCOL = 14, 18, 21
 _FIB_RULE_INVERT = 0x2
+_RTM_F_CLONED = 0x200  # a cached result, no route of the table
 _NO_PREFIX = b"\xff" * 4  # what every rule has that does not suppress routes by prefix length
 # What a rule by destination or interface consists of; anything else narrows it.
 _PLAIN_ATTRIBUTES = frozenset(
@@ -76,6 +77,15 @@ class Route(NamedTuple):
     interface: int
 
 
+class LocalRoute(NamedTuple):
+    """One route of type local over `lo`: `family` is AF_INET or AF_INET6, `packed` is empty for everything."""
+
+    family: int
+    packed: bytes
+    prefix_length: int
+    table: int
+
+
 class Rtnetlink(NetlinkSocket):
     """A route socket bound to the network namespace of the thread that makes it; a context manager.
 
@@ -101,14 +111,31 @@ class Rtnetlink(NetlinkSocket):
         self._change(message, header + attribute(_IFA_LOCAL, packed) + attribute(_IFA_ADDRESS, packed))
 
     def change_local_route(self, message: int, packed: bytes, prefix_length: int, table: int) -> None:
-        """Add (RTM_NEWROUTE) or delete (RTM_DELROUTE) `local PACKED/LENGTH dev lo table TABLE`."""
+        """Add (RTM_NEWROUTE) or delete (RTM_DELROUTE) `local PACKED/LENGTH dev lo table TABLE`.
+
+        Another route to the same destination in the same table gives way to a new one.
+        """
         short_table = table if table < 256 else RT_TABLE_COMPAT
         kind = (short_table, RTPROT_BOOT, SCOPE_HOST, RTN_LOCAL)
         body = struct.pack("=8BI", _family(packed), prefix_length, 0, 0, *kind, 0)
         if prefix_length:
             body += attribute(_RTA_DST, packed)
         number = struct.pack("=I", LOOPBACK_INDEX)
-        self._change(message, body + attribute(_RTA_OIF, number) + attribute(_RTA_TABLE, struct.pack("=I", table)))
+        body += attribute(_RTA_OIF, number) + attribute(_RTA_TABLE, struct.pack("=I", table))
+        self.change(message, NLM_F_CREATE | NLM_F_REPLACE if message == RTM_NEWROUTE else 0, body)
+
+    def local_routes(self) -> list[LocalRoute]:
+        """The routes of both families that deliver locally over `lo`."""
+        found = []
+        for payload in self.dump(RTM_GETROUTE, struct.pack("=8BI", socket.AF_UNSPEC, 0, 0, 0, 0, 0, 0, 0, 0)):
+            family, prefix_length, _, _, short_table, _, _, kind, flags = struct.unpack_from("=8BI", payload)
+            if kind != RTN_LOCAL or flags & _RTM_F_CLONED:
+                continue
+            values = dict(attributes(payload[12:]))
+            if _number(values.get(_RTA_OIF, b"")) == LOOPBACK_INDEX:
+                table = _number(values.get(_RTA_TABLE, b"")) or short_table
+                found.append(LocalRoute(family, values.get(_RTA_DST, b""), prefix_length, table))
+        return found
 
     def mark_rules(self) -> list[FibRule]:
         """The policy rules of both families that look at the packet mark and name a table, by family and priority."""

@@ -15,6 +15,7 @@ from meshcni.rules.model import (
     LoopbackAddress,
     Match,
     PolicyRule,
+    Purpose,
     Rule,
     Ruleset,
     Table,
@@ -28,8 +29,9 @@ class Draft:
     One list per chain holds the rules of both families. A rule of a family that is not wanted is not added.
     """
 
-    def __init__(self, families: frozenset[Family], backend: Backend) -> None:
+    def __init__(self, families: frozenset[Family], backend: Backend, purpose: Purpose = Purpose.SIDECAR) -> None:
         self.backend = backend
+        self.purpose = purpose
         self.families = tuple(family for family in Family if family in families)
         self._chains: dict[tuple[TableName, str], list[Rule]] = {}
         self._inserted: dict[tuple[TableName, str], int] = {}
@@ -45,10 +47,13 @@ class Draft:
         action: Action,
         why: str,
         family: Family | None = None,
+        *,
+        is_counted: bool = True,
     ) -> None:
         """Add a rule at the end of a chain."""
         if family is None or family in self.families:
-            self._chains.setdefault((table, chain), []).append(Rule(tuple(matches), action, why, family))
+            rule = Rule(tuple(matches), action, why, family, is_counted)
+            self._chains.setdefault((table, chain), []).append(rule)
 
     def insert(
         self,
@@ -86,6 +91,7 @@ class Draft:
             policy_rules=tuple(self._policy_rules),
             routes=tuple(self._routes),
             addresses=tuple(self._addresses),
+            purpose=self.purpose,
         )
 
     def _table(self, name: TableName) -> Table:

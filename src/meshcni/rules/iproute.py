@@ -6,6 +6,7 @@ adds the rule once more.
 
 from __future__ import annotations
 
+from meshcni.rules.iptables_rule import ALL_BITS
 from meshcni.rules.model import LocalRoute, LoopbackAddress, PolicyRule, Ruleset
 
 
@@ -24,7 +25,13 @@ def _address(item: LoopbackAddress) -> str:
 
 
 def _policy_rule(rule: PolicyRule) -> str:
-    return f"ip -{rule.family.value} rule add fwmark {rule.mark} lookup {rule.table}"
+    priority = "" if rule.priority is None else f" pref {rule.priority}"
+    return f"ip -{rule.family.value} rule add fwmark {mark_words(rule)}{priority} lookup {rule.table}"
+
+
+def mark_words(rule: PolicyRule) -> str:
+    """Return the mark as `ip rule` takes it: `1337`, with a mask `0x111/0xfff`."""
+    return str(rule.mark) if rule.mask == ALL_BITS else f"{rule.mark:#x}/{rule.mask:#x}"
 
 
 def _route(route: LocalRoute) -> str:

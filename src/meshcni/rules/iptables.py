@@ -7,14 +7,22 @@ Upstream: tools/istio-iptables/pkg/builder/iptables_builder_impl.go.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 
-from meshcni.rules.iptables_observed import OWN_PREFIX, ObservedChain, ObservedTables, own_entries, parse, target
+from meshcni.rules.iptables_observed import (
+    ObservedChain,
+    ObservedTables,
+    is_own_chain,
+    own_entries,
+    parse,
+    target,
+)
 from meshcni.rules.iptables_rule import saved, written
-from meshcni.rules.model import BUILT_IN_CHAINS, Chain, Family, Ruleset, TableName
+from meshcni.rules.model import BUILT_IN_CHAINS, Chain, Family, Purpose, Ruleset, TableName
 from meshcni.rules.remember import remembered
 
-__all__ = ["ObservedChain", "ObservedTables", "expected", "listing", "parse", "render", "render_removal"]
+__all__ = ["ObservedChain", "ObservedTables", "canonical", "expected", "listing", "parse", "render", "render_removal"]
 
 # The order of upstream's restore input.
 TABLE_ORDER = (TableName.FILTER, TableName.MANGLE, TableName.NAT, TableName.RAW)
@@ -29,28 +37,32 @@ def render(ruleset: Ruleset, family: Family, observed: ObservedTables | None = N
     if observed is None and not with_whys:
         return _fresh(ruleset, family)
     tables = {table.name: table.chains for table in ruleset.for_family(family)}
-    return _script(tables, observed or ObservedTables(), expected(ruleset, family), with_whys=with_whys)
+    known = expected(ruleset, family)
+    return _script(tables, observed or ObservedTables(), known, ruleset.purpose, with_whys=with_whys)
 
 
 @remembered
 def _fresh(ruleset: Ruleset, family: Family) -> str:
     tables = {table.name: table.chains for table in ruleset.for_family(family)}
-    return _script(tables, ObservedTables(), ObservedTables())
+    return _script(tables, ObservedTables(), ObservedTables(), ruleset.purpose)
 
 
-def render_removal(observed: ObservedTables, known: ObservedTables | None = None) -> str:
+def render_removal(
+    observed: ObservedTables, known: ObservedTables | None = None, purpose: Purpose = Purpose.SIDECAR
+) -> str:
     """Return the `iptables-restore --noflush` input that takes everything of ours away; empty when there is nothing.
 
     `known` is what we had applied (see `expected`), for those entries in other people's chains that nobody recognises
     as ours by looking at them: the exclusion of an interface.
     """
-    return _script({}, observed, known or ObservedTables())
+    return _script({}, observed, known or ObservedTables(), purpose)
 
 
 def _script(
     tables: Mapping[TableName, tuple[Chain, ...]],
     observed: ObservedTables,
     ours: ObservedTables,
+    purpose: Purpose,
     *,
     with_whys: bool = False,
 ) -> str:
@@ -58,31 +70,35 @@ def _script(
     sections = []
     for name in TABLE_ORDER:
         chains = tables.get(name, ())
-        lines = _preparation(name.value, chains, observed, ours)
+        lines = _preparation(name.value, chains, observed, ours, purpose)
         lines += [line for chain in chains for line in _additions(chain, with_whys)]
         if lines:
             sections.append("\n".join([f"*{name.value}", *lines, "COMMIT", ""]))
     return "".join(sections)
 
 
-def _preparation(table: str, chains: tuple[Chain, ...], observed: ObservedTables, ours: ObservedTables) -> list[str]:
+def _preparation(
+    table: str, chains: tuple[Chain, ...], observed: ObservedTables, ours: ObservedTables, purpose: Purpose
+) -> list[str]:
     """Return what comes before the rules of a table: deletions and declarations."""
     own = [chain.name for chain in chains if chain.name not in BUILT_IN_CHAINS]
-    stale = [chain for chain in observed.own_chains(table) if chain not in own]
+    stale = [chain for chain in observed.own_chains(table, purpose) if chain not in own]
     return [
-        *_deletions(table, observed, ours, stale),
+        *_deletions(table, observed, ours, stale, purpose),
         # All are emptied before the first is deleted, because they jump to each other.
         *(f":{chain} - [0:0]" for chain in (*own, *stale)),
         *(f"-X {chain}" for chain in stale),
     ]
 
 
-def _deletions(table: str, observed: ObservedTables, ours: ObservedTables, stale: Collection[str]) -> Iterator[str]:
+def _deletions(
+    table: str, observed: ObservedTables, ours: ObservedTables, stale: Collection[str], purpose: Purpose
+) -> Iterator[str]:
     for chain, content in observed.tables.get(table, {}).items():
         if chain in BUILT_IN_CHAINS:
-            entries = own_entries(observed, table, chain, ours)
+            entries = own_entries(observed, table, chain, ours, purpose)
             yield from (f"-D {chain} {rule}" for rule in entries)
-        elif not chain.startswith(OWN_PREFIX):
+        elif not is_own_chain(chain, purpose):
             # Another tool's chain that leads to a chain of ours: only a jump to what goes away has to go.
             yield from (f"-D {chain} {rule}" for rule in content.rules if target(rule) in stale)
 
@@ -118,6 +134,7 @@ def _saved(chain: Chain, family: Family) -> tuple[str, ...]:
     return tuple(saved(rule, family) for rule in chain.rules)
 
 
+@remembered
 def listing(ruleset: Ruleset, family: Family) -> str:
     """Return what iptables-save prints of our rules, without comments, counters and the built-in chains' declarations.
 
@@ -135,6 +152,27 @@ def listing(ruleset: Ruleset, family: Family) -> str:
         lines += [f"-A {name} {rule}" for name, chain in chains for rule in chain.rules]
         lines.append("COMMIT")
     return "".join(f"{line}\n" for line in lines)
+
+
+_BUILT_IN_LINE = re.compile(r":[A-Z]+ [A-Z]+ \[\d+:\d+\]")
+
+
+def canonical(save_text: str) -> str:
+    """Return what an iptables-save command printed in the form of `listing`.
+
+    Comparing the two texts is all the verification that a namespace without other people's rules needs.
+    """
+    tables: dict[str, list[str]] = {}
+    for line in save_text.splitlines():
+        if line.startswith("*"):
+            lines = tables.setdefault(line[1:], [])
+        elif line.startswith("-A ") or (line.startswith(":") and not _BUILT_IN_LINE.fullmatch(line)):
+            lines.append(line.partition(" [")[0] if line[0] == ":" else line)
+    return "".join(
+        "\n".join([f"*{table.value}", *tables[table.value], "COMMIT", ""])
+        for table in TABLE_ORDER
+        if tables.get(table.value)
+    )
 
 
 def _save_position(chain: str) -> tuple[int, str]:

@@ -10,6 +10,9 @@ is recognised by what stands in the kernel:
 - what the rule set to be applied would add anyway.
 
 A RETURN for an interface that an earlier run excluded cannot be told from another tool's rule, and stays.
+
+In a pod that holds for a sidecar's and for ambient rules alike. On the host, only chain ISTIO_POSTRT and jumps to it
+are ours.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from dataclasses import dataclass, field
 
 from meshcni import istio
 from meshcni.errors import RulesError
+from meshcni.rules.model import Purpose
 
 OWN_PREFIX = istio.IPTABLES_CHAIN_PREFIX + "_"
 
@@ -42,9 +46,16 @@ class ObservedTables:
         """Return a chain, an empty one when there is none."""
         return self.tables.get(table, {}).get(chain, ObservedChain("-"))
 
-    def own_chains(self, table: str) -> tuple[str, ...]:
+    def own_chains(self, table: str, purpose: Purpose = Purpose.SIDECAR) -> tuple[str, ...]:
         """Return the names of the chains that are ours, in listing order."""
-        return tuple(name for name in self.tables.get(table, {}) if name.startswith(OWN_PREFIX))
+        return tuple(name for name in self.tables.get(table, {}) if is_own_chain(name, purpose))
+
+
+def is_own_chain(name: str, purpose: Purpose) -> bool:
+    """Tell whether a chain is ours in a namespace of `purpose`."""
+    if purpose is Purpose.AMBIENT_HOST:
+        return name == istio.AMBIENT_HOST_CHAIN
+    return name.startswith(OWN_PREFIX)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -111,12 +122,16 @@ _GUARDS = frozenset({"-p tcp -j DROP", "-p udp -j DROP"})
 _GUARDED_CHAINS = ("INPUT", "FORWARD", "OUTPUT")
 
 
-def own_entries(observed: ObservedTables, table: str, chain: str, known: ObservedTables) -> tuple[str, ...]:
+def own_entries(
+    observed: ObservedTables, table: str, chain: str, known: ObservedTables, purpose: Purpose = Purpose.SIDECAR
+) -> tuple[str, ...]:
     """Return our rules in a chain that is not ours, in listing order.
 
     `known` is what we are about to apply, or had applied. An interface that it excludes in nat is excluded in mangle as
     well when the mode is TPROXY, so one found there is from such a run.
     """
+    if purpose is Purpose.AMBIENT_HOST:
+        return tuple(rule for rule in observed.chain(table, chain).rules if is_own_chain(target(rule), purpose))
     desired = {*known.chain(table, chain).rules, *(known.chain("nat", chain).rules if table == "mangle" else ())}
     marks, interfaces = _own_marks(observed), _redirected_interfaces(observed)
     guards = _GUARDS if chain in _GUARDED_CHAINS and table == "filter" and _is_guarded(observed) else frozenset()

@@ -1,7 +1,8 @@
 """One rule in iptables' words, in two spellings: as people write it and as iptables-save prints it.
 
 iptables-save (1.8.9, legacy and nft alike) prints addresses first, then interfaces, protocol and extensions in the
-order in which they were typed; it adds defaults (`-m tcp`, masks) and turns marks into hexadecimal.
+order in which they were typed, which the kernel keeps and `iptables -C` compares; it adds defaults (`-m tcp`, masks)
+and turns marks into hexadecimal.
 """
 
 from __future__ import annotations
@@ -17,44 +18,42 @@ from meshcni.rules.model import (
     ConnectionState,
     ConntrackZone,
     Destination,
+    DestinationInSet,
     DestinationPort,
     Drop,
     Family,
     InInterface,
     Jump,
     Match,
+    OtherOutInterface,
     OtherSocketGroup,
     OutInterface,
     PacketMark,
     Protocol,
+    ProtocolExtension,
     Redirect,
     RestoreMark,
     Return,
     Rule,
     SaveMark,
+    SetConnectionMark,
     SetMark,
+    SocketExists,
     SocketGroup,
     SocketUser,
     Source,
     SourcePort,
+    SourceTranslation,
     TransparentProxy,
 )
 
 ALL_BITS = 0xFFFFFFFF
 
-# Where a match stands in the text.
-_WRITTEN_ORDER: tuple[type[Any], ...] = (InInterface, OutInterface, Source, Destination, Protocol)
-_SAVED_ORDER: tuple[type[Any], ...] = (Source, Destination, InInterface, OutInterface, Protocol)
-_EXTENSION_ORDER: tuple[type[Any], ...] = (
-    SourcePort,
-    DestinationPort,
-    ConnectionState,
-    PacketMark,
-    ConnectionMark,
-    SocketUser,
-    SocketGroup,
-    OtherSocketGroup,
-)
+# Where a match stands in the text: these first, then extensions as given.
+_WRITTEN_ORDER: tuple[type[Any], ...] = (InInterface, OutInterface, OtherOutInterface, Source, Destination, Protocol)
+_SAVED_ORDER: tuple[type[Any], ...] = (Source, Destination, InInterface, OutInterface, OtherOutInterface, Protocol)
+# With nft the original looks at a connection's state before the port, with iptables after everything else.
+_LAST: tuple[type[Any], ...] = (ConnectionState,)
 
 
 def written(rule: Rule) -> str:
@@ -70,11 +69,11 @@ def saved(rule: Rule, family: Family) -> str:
 
 
 def _in_order(rule: Rule, basics: tuple[type[Any], ...]) -> list[Match]:
-    order = (*basics, *_EXTENSION_ORDER)
+    places = {kind: place for place, kind in enumerate(basics)} | dict.fromkeys(_LAST, len(basics) + 1)
     # A port names its protocol; iptables wants it said once, before.
     protocols = [Protocol(match.protocol) for match in rule.matches if isinstance(match, SourcePort | DestinationPort)]
     matches = list(dict.fromkeys([*protocols, *rule.matches]))
-    return sorted(matches, key=lambda match: order.index(type(match)))
+    return sorted(matches, key=lambda match: places.get(type(match), len(basics)))
 
 
 # --- matches ----------------------------------------------------------------------------------------------------------
@@ -115,14 +114,18 @@ def _destination_port(match: DestinationPort) -> str:
 _MATCH_TEXT: dict[type[Any], Callable[[Any], str]] = {
     InInterface: lambda match: f"-i {match.name}",
     OutInterface: lambda match: f"-o {match.name}",
+    OtherOutInterface: lambda match: f"! -o {match.name}",
     Source: lambda match: f"{_not(match.negated)}-s {match.network}",
     Destination: lambda match: f"{_not(match.negated)}-d {match.network}",
+    DestinationInSet: lambda match: f"-m set --match-set {match.name} dst",
     Protocol: lambda match: f"-p {match.name}",
+    ProtocolExtension: lambda match: f"-m {match.name}",
     SourcePort: lambda match: f"--sport {','.join(map(_colon, match.ports))}",
     DestinationPort: _destination_port,
     ConnectionState: lambda match: f"-m conntrack --ctstate {','.join(_upper(match.states))}",
-    PacketMark: lambda match: f"-m mark {_not(match.negated)}--mark {_decimal(match.mark, match.mask)}",
-    ConnectionMark: lambda match: f"-m connmark {_not(match.negated)}--mark {_decimal(match.mark, match.mask)}",
+    PacketMark: lambda match: f"-m mark {_not(match.negated)}--mark {_plain(match.mark, match.mask)}",
+    ConnectionMark: lambda match: f"-m connmark {_not(match.negated)}--mark {_plain(match.mark, match.mask)}",
+    SocketExists: lambda _: "-m owner --socket-exists",
     SocketUser: lambda match: f"-m owner {_not(match.negated)}--uid-owner {match.uid}",
     SocketGroup: lambda match: f"-m owner {_not(match.negated)}--gid-owner {match.gid}",
     OtherSocketGroup: lambda match: " ".join(f"-m owner ! --gid-owner {gid}" for gid in match.gids),
@@ -141,8 +144,9 @@ def _upper(states: Iterable[str]) -> Iterable[str]:
     return (state.upper() for state in states)
 
 
-def _decimal(mark: int, mask: int) -> str:
-    return str(mark) if mask == ALL_BITS else f"{mark}/{mask}"
+def _plain(mark: int, mask: int) -> str:
+    """Return a whole mark as the decimal number that people set; with a mask the bits are what matters."""
+    return str(mark) if mask == ALL_BITS else _hexadecimal(mark, mask)
 
 
 def _hexadecimal(mark: int, mask: int) -> str:
@@ -180,5 +184,7 @@ _ACTION_TEXT: dict[type[Any], Callable[[Any], str]] = {
     SetMark: lambda action: f"MARK --set-mark {action.mark}",
     SaveMark: lambda _: "CONNMARK --save-mark",
     RestoreMark: lambda _: "CONNMARK --restore-mark",
+    SetConnectionMark: lambda action: f"CONNMARK --set-xmark {action.mark:#x}/{action.mask:#x}",
+    SourceTranslation: lambda action: f"SNAT --to-source {action.address}",
     ConntrackZone: lambda action: f"CT --zone {action.zone}",
 }

@@ -1,8 +1,9 @@
 """A rule set as frozen values: tables, chains, rules (matches, one action, a why), policy rules, routes, addresses.
 
-Matches of a rule stand in the order in which nft evaluates and lists them; the iptables renderer has its own canonical
-order (interface, addresses, protocol, ports, match extensions), because iptables-save prints in that order whatever was
-typed. A chain's rules stand in the order in which the kernel will hold them: inserts are resolved by the builder.
+Matches of a rule stand in the order in which nft evaluates and lists them. The iptables renderer puts interface,
+addresses and protocol first, because iptables-save prints them in its own order whatever was typed; match extensions
+stay in the order given. A chain's rules stand in the order in which the kernel will hold them: inserts are resolved by
+the builder.
 """
 
 from __future__ import annotations
@@ -37,6 +38,15 @@ class Backend(Enum):
     NFTABLES = "nftables"
 
 
+class Purpose(Enum):
+    """What a rule set is for, which decides how nft tables are named and what in a namespace is ours."""
+
+    SIDECAR = "sidecar"
+    AMBIENT_POD = "ambient pod"
+    # The host's network namespace, where everything but the one chain of ours is other people's.
+    AMBIENT_HOST = "ambient host"
+
+
 # --- matches ----------------------------------------------------------------------------------------------------------
 
 
@@ -55,8 +65,25 @@ class OutInterface:
 
 
 @dataclass(frozen=True, slots=True)
+class OtherOutInterface:
+    """Leaves by any interface but `name` (at most 15 bytes); a final `+` stands for any rest, as in iptables."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Protocol:
     """Transport protocol, `tcp` or `udp`."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolExtension:
+    """iptables' match extension of transport protocol `name` without a condition: the kernel keeps the bare word.
+
+    No nft rule has one.
+    """
 
     name: str
 
@@ -75,6 +102,14 @@ class Destination:
 
     network: IPv4Network | IPv6Network
     negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationInSet:
+    """Destination address is in the address set `name` (an ipset, or a set of the rule's own nft table)."""
+
+    name: str
+    family: Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +153,11 @@ class OtherSocketGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class SocketExists:
+    """Sent by a socket of this namespace, not forwarded. iptables only."""
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectionState:
     """Connection tracking state is one of `states` (`invalid`, `related`, `established`), in listing order."""
 
@@ -145,14 +185,18 @@ class ConnectionMark:
 Match = (
     InInterface
     | OutInterface
+    | OtherOutInterface
     | Protocol
+    | ProtocolExtension
     | Source
     | Destination
+    | DestinationInSet
     | DestinationPort
     | SourcePort
     | SocketUser
     | SocketGroup
     | OtherSocketGroup
+    | SocketExists
     | ConnectionState
     | PacketMark
     | ConnectionMark
@@ -217,13 +261,41 @@ class RestoreMark:
 
 
 @dataclass(frozen=True, slots=True)
+class SetConnectionMark:
+    """Set those bits of the connection's mark that are in `mask`."""
+
+    mark: int
+    mask: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTranslation:
+    """Change the source to `address`."""
+
+    address: IPv4Address | IPv6Address
+
+
+@dataclass(frozen=True, slots=True)
 class ConntrackZone:
     """Track the packet in conntrack zone `zone`."""
 
     zone: int
 
 
-Action = Accept | Drop | Return | Jump | Redirect | TransparentProxy | SetMark | SaveMark | RestoreMark | ConntrackZone
+Action = (
+    Accept
+    | Drop
+    | Return
+    | Jump
+    | Redirect
+    | TransparentProxy
+    | SetMark
+    | SaveMark
+    | RestoreMark
+    | SetConnectionMark
+    | SourceTranslation
+    | ConntrackZone
+)
 
 
 BUILT_IN_CHAINS = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")
@@ -234,12 +306,16 @@ BUILT_IN_CHAINS = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule; `why` is a sentence a person understands, `family` is None for both families."""
+    """One rule; `why` is a sentence a person understands, `family` is None for both families.
+
+    `is_counted` tells whether an nft rule counts its packets; every iptables rule does.
+    """
 
     matches: tuple[Match, ...]
     action: Action
     why: str
     family: Family | None = None
+    is_counted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +376,7 @@ class Ruleset:
     policy_rules: tuple[PolicyRule, ...] = ()
     routes: tuple[LocalRoute, ...] = ()
     addresses: tuple[LoopbackAddress, ...] = ()
+    purpose: Purpose = Purpose.SIDECAR
 
     @property
     def size(self) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
 from meshcni.pods.interception import NumberRange
+from meshcni.rules.iproute import mark_words
+from meshcni.rules.iptables_rule import ALL_BITS
 from meshcni.rules.model import (
     BUILT_IN_CHAINS,
     Accept,
@@ -17,32 +19,42 @@ from meshcni.rules.model import (
     ConnectionState,
     ConntrackZone,
     Destination,
+    DestinationInSet,
     DestinationPort,
     Drop,
     Family,
     InInterface,
     Jump,
     Match,
+    OtherOutInterface,
     OtherSocketGroup,
     OutInterface,
     PacketMark,
     Protocol,
+    ProtocolExtension,
     Redirect,
     RestoreMark,
     Return,
     Rule,
     Ruleset,
     SaveMark,
+    SetConnectionMark,
     SetMark,
+    SocketExists,
     SocketGroup,
     SocketUser,
     Source,
     SourcePort,
+    SourceTranslation,
     Table,
     TransparentProxy,
 )
 
-_HOOKS = {"PREROUTING": "packets that arrive", "OUTPUT": "packets that this pod sends"}
+_HOOKS = {
+    "PREROUTING": "packets that arrive",
+    "OUTPUT": "packets that this pod sends",
+    "POSTROUTING": "packets that leave the host or go to its pods",
+}
 
 
 def words(ruleset: Ruleset) -> list[str]:
@@ -57,7 +69,7 @@ def words(ruleset: Ruleset) -> list[str]:
             lines += [f"  {number}. {rule_words(rule)}" for number, rule in enumerate(chain.rules, start=1)]
     surroundings = [
         *(
-            f"{family_name(rule.family)} packets with mark {rule.mark} are routed by table {rule.table}."
+            f"{family_name(rule.family)} packets with mark {mark_words(rule)} are routed by table {rule.table}."
             for rule in ruleset.policy_rules
         ),
         *(f"In routing table {route.table}, {route.destination} is delivered locally." for route in ruleset.routes),
@@ -101,7 +113,8 @@ def _heading(table: Table, chain: Chain) -> str:
 
 def _said_once(matches: tuple[Match, ...]) -> list[Match]:
     ports = {match.protocol for match in matches if isinstance(match, SourcePort | DestinationPort)}
-    return [match for match in matches if not (isinstance(match, Protocol) and match.name in ports)]
+    unsaid = [match for match in matches if not isinstance(match, ProtocolExtension)]  # says nothing about packets
+    return [match for match in unsaid if not (isinstance(match, Protocol) and match.name in ports)]
 
 
 def _list_of(items: Iterable[object]) -> str:
@@ -112,6 +125,10 @@ def _one_of(numbers: tuple[NumberRange, ...]) -> str:
     return " or ".join(map(str, numbers))
 
 
+def _mark(mark: int, mask: int) -> str:
+    return str(mark) if mask == ALL_BITS else f"{mark:#x} in the bits {mask:#x}"
+
+
 def _not(negated: bool) -> str:
     return "not " if negated else ""
 
@@ -119,17 +136,21 @@ def _not(negated: bool) -> str:
 _MATCH_WORDS: dict[type[Any], Callable[[Any], str]] = {
     InInterface: lambda match: f"arriving on {match.name}",
     OutInterface: lambda match: f"leaving by {match.name}",
+    OtherOutInterface: lambda match: f"not leaving by {match.name}",
     Protocol: lambda match: match.name.upper(),
+    ProtocolExtension: lambda match: f"any {match.name.upper()}",
     Source: lambda match: f"{_not(match.negated)}from {match.network}",
     Destination: lambda match: f"{_not(match.negated)}to {match.network}",
+    DestinationInSet: lambda match: f"to an address of set {match.name}",
     DestinationPort: lambda match: f"{match.protocol.upper()} {_not(match.negated)}to port {_one_of(match.ports)}",
     SourcePort: lambda match: f"{match.protocol.upper()} from port {_one_of(match.ports)}",
     SocketUser: lambda match: f"{_not(match.negated)}sent by user {match.uid}",
     SocketGroup: lambda match: f"{_not(match.negated)}sent by group {match.gid}",
     OtherSocketGroup: lambda match: f"not sent by group {_one_of(match.gids)}",
+    SocketExists: lambda _: "sent by a process of this host",
     ConnectionState: lambda match: f"connection {' or '.join(match.states)}",
-    PacketMark: lambda match: f"{_not(match.negated)}marked {match.mark}",
-    ConnectionMark: lambda match: f"connection {_not(match.negated)}marked {match.mark}",
+    PacketMark: lambda match: f"{_not(match.negated)}marked {_mark(match.mark, match.mask)}",
+    ConnectionMark: lambda match: f"connection {_not(match.negated)}marked {_mark(match.mark, match.mask)}",
 }
 
 _ACTION_WORDS: dict[type[Any], Callable[[Any], str]] = {
@@ -142,6 +163,8 @@ _ACTION_WORDS: dict[type[Any], Callable[[Any], str]] = {
     SetMark: lambda action: f"mark {action.mark}",
     SaveMark: lambda _: "copy the mark to the connection",
     RestoreMark: lambda _: "copy the connection's mark to the packet",
+    SetConnectionMark: lambda action: f"mark the connection {_mark(action.mark, action.mask)}",
+    SourceTranslation: lambda action: f"send from {action.address}",
     ConntrackZone: lambda action: f"track in zone {action.zone}",
 }
 
@@ -196,6 +219,8 @@ def _value_object(value: Match | Action) -> dict[str, Any]:
 def _plain(value: object) -> object:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, NumberRange | IPv4Network | IPv6Network):
+    if isinstance(value, NumberRange | IPv4Network | IPv6Network | IPv4Address | IPv6Address):
         return str(value)
+    if isinstance(value, Family):
+        return family_name(value)
     return value

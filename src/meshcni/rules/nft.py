@@ -1,53 +1,24 @@
 """A rule set as one nft transaction, and the kernel's listing of our tables read back.
 
-Three tables of family inet are ours alone. A transaction deletes and builds all three anew, so whatever stood in them
-before, an earlier parameter's table included, is gone in the same instant (nft 1.0.6 has no `destroy`; `add` before
-`delete` makes the deletion work on a clean kernel). Upstream: tools/istio-nftables/pkg.
+A pod's tables of family inet are ours alone. A transaction deletes and builds all of them anew, so whatever stood in
+them before, an earlier parameter's table included, is gone in the same instant (nft 1.0.6 has no `destroy`; `add`
+before `delete` makes the deletion work on a clean kernel). On the host our table holds the address sets as well, so
+there only chains are deleted and built anew. Upstream: tools/istio-nftables/pkg, cni/pkg/nftables.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from meshcni import istio
 from meshcni.errors import RulesError
-from meshcni.rules.model import BUILT_IN_CHAINS, Chain, Ruleset, Table, TableName
+from meshcni.rules.model import BUILT_IN_CHAINS, Chain, Purpose, Ruleset, Table
+from meshcni.rules.nft_layout import LAYOUTS, Layout, own_tables
 from meshcni.rules.nft_rule import chain_name, listed, written
 from meshcni.rules.remember import remembered
 
-TABLES = (TableName.NAT, TableName.MANGLE, TableName.RAW)
-
-# Type, hook and priority of base chains. Priorities are numbers, because 1.0.6 refuses `dstnat` in an output chain.
-BASE_CHAINS: dict[tuple[TableName, str], tuple[str, str, int]] = {
-    (TableName.NAT, "PREROUTING"): ("nat", "prerouting", -100),
-    (TableName.NAT, "OUTPUT"): ("nat", "output", -100),
-    (TableName.MANGLE, "PREROUTING"): ("filter", "prerouting", -150),
-    (TableName.MANGLE, "OUTPUT"): ("route", "output", -150),
-    (TableName.RAW, "PREROUTING"): ("filter", "prerouting", -300),
-    (TableName.RAW, "OUTPUT"): ("filter", "output", -300),
-}
-
-# Chains in the order in which the original declares them, which is the order of the kernel's listing.
-DECLARATION_ORDER: dict[TableName, tuple[str, ...]] = {
-    TableName.NAT: (
-        "PREROUTING",
-        "OUTPUT",
-        "ISTIO_INBOUND",
-        "ISTIO_REDIRECT",
-        "ISTIO_IN_REDIRECT",
-        "ISTIO_OUTPUT",
-        "ISTIO_OUTPUT_DNS",
-    ),
-    TableName.MANGLE: ("PREROUTING", "OUTPUT", "ISTIO_DIVERT", "ISTIO_TPROXY", "ISTIO_INBOUND", "ISTIO_DROP"),
-    TableName.RAW: ("PREROUTING", "OUTPUT", "ISTIO_INBOUND", "ISTIO_OUTPUT_DNS"),
-}
-
-
-def table_name(name: TableName) -> str:
-    """Return our nft table that stands for an iptables table: `istio-proxy-nat`."""
-    return istio.NFT_TABLE_PREFIX + name.value
+Present = Mapping[str, tuple[str, ...]]  # our tables in the kernel, with the names of their chains
 
 
 @remembered
@@ -56,11 +27,15 @@ def render(ruleset: Ruleset, *, with_whys: bool = False) -> str:
 
     `with_whys` puts the reason of each rule as a comment before it.
     """
-    lines = [render_removal().rstrip("\n")]
+    layout = LAYOUTS[ruleset.purpose]
+    lines = [] if layout.is_shared else [render_removal(ruleset.purpose).rstrip("\n")]
     for table in _in_order(ruleset):
-        name = table_name(table.name)
+        name = layout.table_name(table.name)
         lines.append(f"add table inet {name}")
-        lines += [f"add chain inet {name} {chain_name(chain.name)}{_hook(table, chain)}" for chain in table.chains]
+        for chain in table.chains:
+            if layout.is_shared:
+                lines += _chain_removal(name, chain_name(chain.name))
+            lines.append(f"add chain inet {name} {chain_name(chain.name)}{_hook(layout, table, chain)}")
         for chain in table.chains:
             lines += _additions(name, chain, with_whys)
     return "\n".join(lines) + "\n"
@@ -75,33 +50,80 @@ def _additions(table: str, chain: Chain, with_whys: bool) -> Iterator[str]:
         yield f"add rule inet {table} {chain_name(chain.name)} {written(rule)}"
 
 
-def render_removal() -> str:
-    """Return the transaction that leaves nothing of ours."""
-    return "".join(f"add table inet {table_name(t)}\ndelete table inet {table_name(t)}\n" for t in TABLES)
+def render_removal(purpose: Purpose = Purpose.SIDECAR, present: Present | None = None) -> str:
+    """Return the transaction that leaves nothing of ours, but for what others keep in a shared table.
+
+    Without `present` it deletes the tables of `purpose`, whether they are there or not. With it, it deletes every
+    table of ours in it, leftovers of another purpose included; of a shared table it deletes the chains.
+    """
+    layout = LAYOUTS[purpose]
+    if layout.is_shared:
+        tables = (present or {}).items()
+        return _text(line for table, chains in tables for chain in chains for line in _chain_removal(table, chain))
+    names = layout.table_names if present is None else tuple(present)
+    return _text(line for table in names for line in _table_removal(table))
+
+
+def render_leftovers(ruleset: Ruleset, present: Present) -> str:
+    """Return what has to follow `render`, so that of `present` nothing stays that is ours and not of `ruleset`."""
+    layout = LAYOUTS[ruleset.purpose]
+    if not layout.is_shared:
+        return _text(line for table in present if table not in layout.table_names for line in _table_removal(table))
+    wanted = {layout.table_name(table.name): set(map(_nft_name, table.chains)) for table in ruleset.tables}
+    return _text(
+        line
+        for table, chains in present.items()
+        for chain in chains
+        if chain not in wanted.get(table, ())
+        for line in _chain_removal(table, chain)
+    )
+
+
+def _table_removal(table: str) -> tuple[str, ...]:
+    return f"add table inet {table}", f"delete table inet {table}"
+
+
+def _chain_removal(table: str, chain: str) -> tuple[str, ...]:
+    # Only an empty chain can be deleted; adding it first makes the other two work where there is none.
+    return tuple(f"{verb} chain inet {table} {chain}" for verb in ("add", "flush", "delete"))
+
+
+def _text(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _nft_name(chain: Chain) -> str:
+    return chain_name(chain.name)
 
 
 def _in_order(ruleset: Ruleset) -> list[Table]:
     """Return tables and chains in declaration order."""
+    layout = LAYOUTS[ruleset.purpose]
     tables = {table.name: table for table in ruleset.tables}
     return [
-        Table(name, tuple(sorted(tables[name].chains, key=lambda chain: DECLARATION_ORDER[name].index(chain.name))))
-        for name in TABLES
-        if name in tables
+        Table(name, tuple(sorted(tables[name].chains, key=lambda chain: order.index(chain.name))))
+        for name in layout.tables
+        if name in tables and (order := layout.declaration_order[name])
     ]
 
 
-def _hook(table: Table, chain: Chain) -> str:
+def _hook(layout: Layout, table: Table, chain: Chain) -> str:
     if chain.name not in BUILT_IN_CHAINS:
         return ""
-    kind, hook, priority = BASE_CHAINS[table.name, chain.name]
+    kind, hook, priority = layout.base_chains[table.name, chain.name]
     return f" {{ type {kind} hook {hook} priority {priority} ; }}"
 
 
 # --- the listing ------------------------------------------------------------------------------------------------------
 
 # Priorities that the listing gives a name (`dstnat` in prerouting only: nft 1.0.6 has no name for -100 elsewhere).
-_PRIORITY_NAMES = {("prerouting", -100): "dstnat", ("prerouting", -150): "mangle", ("output", -150): "mangle"} | {
-    (hook, -300): "raw" for hook in ("prerouting", "output")
+_PRIORITY_NAMES = {
+    ("prerouting", -100): "dstnat",
+    ("prerouting", -150): "mangle",
+    ("output", -150): "mangle",
+    ("prerouting", -300): "raw",
+    ("output", -300): "raw",
+    ("postrouting", 100): "srcnat",
 }
 
 
@@ -127,10 +149,13 @@ class ObservedTables:
 @remembered
 def expected(ruleset: Ruleset) -> ObservedTables:
     """Return our tables as `parse` will find them."""
+    layout = LAYOUTS[ruleset.purpose]
     return ObservedTables(
         {
-            table_name(table.name): {
-                chain_name(chain.name): ObservedChain(_listed_hook(table, chain), tuple(map(listed, chain.rules)))
+            layout.table_name(table.name): {
+                chain_name(chain.name): ObservedChain(
+                    _listed_hook(layout, table, chain), tuple(map(listed, chain.rules))
+                )
                 for chain in table.chains
             }
             for table in _in_order(ruleset)
@@ -138,6 +163,7 @@ def expected(ruleset: Ruleset) -> ObservedTables:
     )
 
 
+@remembered
 def listing(ruleset: Ruleset) -> str:
     """Return what `nft list ruleset` prints of our tables, with counters without their numbers."""
     lines = []
@@ -150,10 +176,10 @@ def listing(ruleset: Ruleset) -> str:
     return "".join(lines)
 
 
-def _listed_hook(table: Table, chain: Chain) -> str:
+def _listed_hook(layout: Layout, table: Table, chain: Chain) -> str:
     if chain.name not in BUILT_IN_CHAINS:
         return ""
-    kind, hook, priority = BASE_CHAINS[table.name, chain.name]
+    kind, hook, priority = layout.base_chains[table.name, chain.name]
     return f"type {kind} hook {hook} priority {_PRIORITY_NAMES.get((hook, priority), priority)}; policy accept;"
 
 
@@ -167,19 +193,20 @@ def canonical(list_text: str) -> str:
     return list_text.replace("hook output priority dstnat;", "hook output priority -100;")
 
 
-def parse(list_text: str) -> ObservedTables:
-    """Read what `nft list ruleset` or `nft list table` printed (`-a` or not); only our three tables are kept.
+def parse(list_text: str, purpose: Purpose = Purpose.SIDECAR) -> ObservedTables:
+    """Read what `nft list ruleset`, `list table` or `list chain` printed (`-a` or not); only our tables are kept.
 
     Raises RulesError for text that is no such listing.
     """
-    ours = {f"inet {table_name(table)}": table_name(table) for table in TABLES}
+    ours = {f"inet {table}": table for table in own_tables(purpose)}
     tables: dict[str, dict[str, ObservedChain]] = {}
     foreign: list[str] = []
     for table, content in _table_blocks(canonical(list_text)):
         if table in ours:
             chains, others = _read_chains(content)
-            tables[ours[table]] = chains
-            foreign += (f"{ours[table]}: {line}" for line in others)
+            tables.setdefault(ours[table], {}).update(chains)
+            if not LAYOUTS[purpose].is_shared:
+                foreign += (f"{ours[table]}: {line}" for line in others)
     return ObservedTables(tables, tuple(foreign))
 
 

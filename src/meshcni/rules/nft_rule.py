@@ -16,12 +16,14 @@ from meshcni.rules.model import (
     ConnectionState,
     ConntrackZone,
     Destination,
+    DestinationInSet,
     DestinationPort,
     Drop,
     Family,
     InInterface,
     Jump,
     Match,
+    OtherOutInterface,
     OtherSocketGroup,
     OutInterface,
     PacketMark,
@@ -31,25 +33,28 @@ from meshcni.rules.model import (
     Return,
     Rule,
     SaveMark,
+    SetConnectionMark,
     SetMark,
     SocketGroup,
     SocketUser,
     Source,
     SourcePort,
+    SourceTranslation,
     TransparentProxy,
 )
 
 ALL_BITS = 0xFFFFFFFF
+_OTHER_NAMES = {"ISTIO_PRERT": "istio-prerouting"}
 
 
 def chain_name(name: str) -> str:
     """Return nft's name of a chain: `ISTIO_INBOUND` is `istio-inbound`."""
-    return name.lower().replace("_", "-")
+    return _OTHER_NAMES.get(name) or name.lower().replace("_", "-")
 
 
 def written(rule: Rule) -> str:
     """Return the rule as people write it: `meta l4proto tcp tcp dport 15008 counter return`."""
-    return " ".join([*map(_written_match, rule.matches), _written_action(rule)])
+    return " ".join([*map(_written_match, rule.matches), *_counter(rule), _written_action(rule)])
 
 
 def listed(rule: Rule) -> str:
@@ -57,7 +62,12 @@ def listed(rule: Rule) -> str:
     # A port match says the protocol; the listing does not repeat it.
     ports = {match.protocol for match in rule.matches if isinstance(match, SourcePort | DestinationPort)}
     matches = [match for match in rule.matches if not (isinstance(match, Protocol) and match.name in ports)]
-    return " ".join([*map(_listed_match, matches), _listed_action(rule)])
+    return " ".join([*map(_listed_match, matches), *_counter(rule), _listed_action(rule)])
+
+
+def _counter(rule: Rule) -> tuple[str, ...]:
+    # The original counts what it hands to the proxy after the handing over.
+    return ("counter",) if rule.is_counted and not isinstance(rule.action, TransparentProxy) else ()
 
 
 def _written_action(rule: Rule) -> str:
@@ -65,7 +75,7 @@ def _written_action(rule: Rule) -> str:
         case TransparentProxy(port, mark):
             family = "ip" if rule.family is Family.V4 else "ip6"
             return f"tproxy {family} to :{port} meta mark set {mark} counter accept"
-    return "counter " + _ACTION_TEXT[type(rule.action)](rule.action)
+    return _ACTION_TEXT[type(rule.action)](rule.action)
 
 
 _ACTION_TEXT: dict[type[Any], Callable[[Any], str]] = {
@@ -77,8 +87,15 @@ _ACTION_TEXT: dict[type[Any], Callable[[Any], str]] = {
     SetMark: lambda action: f"meta mark set {action.mark}",
     SaveMark: lambda _: "ct mark set mark",
     RestoreMark: lambda _: "meta mark set ct mark",
+    SetConnectionMark: lambda action: f"ct mark set ct mark & {_others(action.mask):#x} | {action.mark:#x}",
+    SourceTranslation: lambda action: f"snat to {action.address}",
     ConntrackZone: lambda action: f"ct zone set {action.zone}",
 }
+
+
+def _others(mask: int) -> int:
+    """Return the bits that are not in `mask`."""
+    return ALL_BITS & ~mask
 
 
 def _ports(match: DestinationPort | SourcePort) -> str:
@@ -91,8 +108,11 @@ def _set(numbers: Iterable[NumberRange]) -> str:
     return "{ " + ", ".join(map(str, numbers)) + " }"
 
 
+_FAMILY_NAMES = {Family.V4: "ip", Family.V6: "ip6"}
+
+
 def _address(match: Source | Destination, side: str) -> str:
-    family = "ip" if match.network.version == 4 else "ip6"
+    family = _FAMILY_NAMES[Family(match.network.version)]
     return f"{family} {side} {_not(match.negated)}{match.network}"
 
 
@@ -127,10 +147,12 @@ def merged(ranges: Iterable[NumberRange]) -> list[NumberRange]:
     return result
 
 
-def _masked(key: str, match: PacketMark | ConnectionMark, spell: Callable[[int], str]) -> str:
+def _masked(
+    key: str, match: PacketMark | ConnectionMark, number: Callable[[int], str], bits: Callable[[int], str]
+) -> str:
     if match.mask == ALL_BITS:
-        return f"{key} {_not(match.negated)}{spell(match.mark)}"
-    return f"{key} & {spell(match.mask)} {'!=' if match.negated else '=='} {spell(match.mark)}"
+        return f"{key} {_not(match.negated)}{number(match.mark)}"
+    return f"{key} & {bits(match.mask)} {'!=' if match.negated else '=='} {bits(match.mark)}"
 
 
 def _written_match(match: Match) -> str:
@@ -140,17 +162,19 @@ def _written_match(match: Match) -> str:
 _MATCH_TEXT: dict[type[Any], Callable[[Any], str]] = {
     InInterface: lambda match: f'iifname "{_interface(match.name)}"',
     OutInterface: lambda match: f'oifname "{_interface(match.name)}"',
+    OtherOutInterface: lambda match: f'oifname != "{_interface(match.name)}"',
     Protocol: lambda match: f"meta l4proto {match.name}",
     Source: lambda match: _address(match, "saddr"),
     Destination: lambda match: _address(match, "daddr"),
+    DestinationInSet: lambda match: f"{_FAMILY_NAMES[match.family]} daddr @{match.name}",
     SourcePort: lambda match: f"{match.protocol} sport {_ports(match)}",
     DestinationPort: lambda match: f"{match.protocol} dport {_not(match.negated)}{_ports(match)}",
     SocketUser: lambda match: f"skuid {_not(match.negated)}{match.uid}",
     SocketGroup: lambda match: f"skgid {_not(match.negated)}{match.gid}",
     OtherSocketGroup: lambda match: _other_groups(match, "skgid"),
     ConnectionState: lambda match: f"ct state {','.join(match.states)}",
-    PacketMark: lambda match: _masked("mark", match, str),
-    ConnectionMark: lambda match: _masked("ct mark", match, str),
+    PacketMark: lambda match: _masked("mark", match, str, hex),
+    ConnectionMark: lambda match: _masked("ct mark", match, str, hex),
 }
 
 
@@ -167,9 +191,9 @@ def _listed_match(match: Match) -> str:
         case ConnectionState(states):
             return "ct state " + ",".join(sorted(states, key=_STATE_ORDER.index))
         case PacketMark():
-            return _masked("meta mark", match, _hexadecimal)
+            return _masked("meta mark", match, _hexadecimal, _hexadecimal)
         case ConnectionMark():
-            return _masked("ct mark", match, _hexadecimal)
+            return _masked("ct mark", match, _hexadecimal, _hexadecimal)
         case SocketUser() | SocketGroup():
             return "meta " + _written_match(match)
         case OtherSocketGroup():
@@ -188,7 +212,12 @@ def _listed_action(rule: Rule) -> str:
         case TransparentProxy(_, mark):
             return _written_action(rule).replace(f"mark set {mark}", f"mark set {_hexadecimal(mark)}")
         case SetMark(mark):
-            return f"counter meta mark set {_hexadecimal(mark)}"
+            return f"meta mark set {_hexadecimal(mark)}"
         case SaveMark():
-            return "counter ct mark set meta mark"
+            return "ct mark set meta mark"
+        case SetConnectionMark(mark, mask):
+            # The kernel computes `& mask ^ mark`; the listing tells `|` from it by the mark's bits in the mask.
+            return f"ct mark set ct mark & {_hexadecimal(_others(mask) | mark)} | {_hexadecimal(mark)}"
+        case SourceTranslation(address):
+            return f"snat {_FAMILY_NAMES[Family(address.version)]} to {address}"
     return _written_action(rule)

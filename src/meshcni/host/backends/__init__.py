@@ -1,6 +1,6 @@
 """Who programs packet rules: native nftables, iptables in its nft and its legacy variant, and a fake for tests.
 
-A backend acts on the network namespace of the thread that calls it.
+A backend acts on the network namespace of the thread that calls it, and on what is ours there for one purpose.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ class PacketBackend(Protocol):
     def holds_ours(self) -> bool:
         """Tell whether rules of ours are in the kernel; starts no process and changes nothing."""
 
-    def apply(self, ruleset: Ruleset) -> bool:
+    def own_names(self) -> tuple[str, ...]:
+        """Name the chains (of nft the tables) of ours that are in the kernel; starts no process and changes nothing."""
+
+    def apply(self, ruleset: Ruleset, *, keep_on_failure: bool = False) -> bool:
         """Make the kernel hold `ruleset` and nothing else of ours; tell whether anything had to be done.
 
-        Raises ApplyError; nothing of ours stays in this backend then.
+        Raises ApplyError. Then nothing of ours stays in this backend, or with `keep_on_failure` everything does that
+        was not replaced.
         """
 
     def missing(self, ruleset: Ruleset) -> tuple[str, ...]:

@@ -25,11 +25,15 @@ class FakeBackend:
         """Tell whether a rule set is held."""
         return self.held is not None
 
-    def apply(self, ruleset: Ruleset) -> bool:
-        """Hold `ruleset`, or refuse it and hold nothing."""
+    def own_names(self) -> tuple[str, ...]:
+        """Name the tables that are held."""
+        return tuple(table.name.value for table in (self.held.tables if self.held else ()))
+
+    def apply(self, ruleset: Ruleset, *, keep_on_failure: bool = False) -> bool:
+        """Hold `ruleset`, or refuse it and hold nothing, or with `keep_on_failure` what was held before."""
         refusal = self.refuse or _dangling_jump(ruleset)
         if refusal:
-            self.held = None
+            self.held = self.held if keep_on_failure else None
             raise ApplyError(refusal)
         changed = self.held != ruleset
         self.held = ruleset

@@ -8,6 +8,7 @@ them, so that one restore transaction leads from there to the desired state.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from meshcni.host.backends import families_of, xtables
 from meshcni.host.backends.libnftables import Nft
 from meshcni.host.capabilities import complaint, missing_capabilities
 from meshcni.rules import iptables, plan
-from meshcni.rules.iptables_observed import OWN_PREFIX
-from meshcni.rules.model import BUILT_IN_CHAINS, Backend, Family, Ruleset
+from meshcni.rules.iptables_observed import is_own_chain
+from meshcni.rules.model import BUILT_IN_CHAINS, Backend, Family, Purpose, Ruleset, TableName
 
 VARIANTS = ("nft", "legacy")
 SEARCH_PATH = ("/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin", "/bin")
@@ -31,11 +32,14 @@ NS_GET_USERNS = 0xB701  # linux/nsfs.h
 _COMMAND = {Family.V4: "iptables", Family.V6: "ip6tables"}
 _NEEDED_CAPABILITIES = ("CAP_NET_ADMIN", "CAP_NET_RAW")
 _MISSING_MODULE = ("does not exist", "No chain/target/match", "can't initialize")
+_MISSING_SET = re.compile(r"Set \S+ doesn't exist")
 _NFT_FAMILY = {Family.V4: "ip", Family.V6: "ip6"}
 
+# Nothing else of our environment is passed on.
+HOST_ENVIRONMENT = {"PATH": ":".join(SEARCH_PATH), "LC_ALL": "C"}
 # A pod has its own tables, so its lock is its own too: the namespace file itself, the child's by the time it opens it.
-# Nobody who holds the host's /run/xtables.lock makes a pod wait. Nothing else of our environment is passed on.
-ENVIRONMENT = {"PATH": ":".join(SEARCH_PATH), "LC_ALL": "C", "XTABLES_LOCKFILE": "/proc/thread-self/ns/net"}
+# Nobody who holds the host's /run/xtables.lock makes a pod wait.
+ENVIRONMENT = {**HOST_ENVIRONMENT, "XTABLES_LOCKFILE": "/proc/thread-self/ns/net"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,25 +83,33 @@ class IptablesBackend:
 
     kind = Backend.IPTABLES
 
-    def __init__(self, tools: Tools, nft_here: Nft | None = None) -> None:
+    def __init__(self, tools: Tools, nft_here: Nft | None = None, purpose: Purpose = Purpose.SIDECAR) -> None:
         self.variant = tools.variant
         self.processes = 0
         self._tools = tools
         self._nft = nft_here or Nft()
+        self._purpose = purpose
 
     def holds_ours(self) -> bool:
         """Tell whether a chain of ours exists in either family."""
-        return any(_has_ours(self._chains(family)) for family in Family)
+        return any(self._has_ours(self._chains(family)) for family in Family)
 
-    def apply(self, ruleset: Ruleset) -> bool:
+    def own_names(self) -> tuple[str, ...]:
+        """Name our chains of both families, each once."""
+        found = [name for family in Family for chains in self._chains(family).values() for name in chains]
+        return tuple(name for name in dict.fromkeys(found) if is_own_chain(name, self._purpose))
+
+    def apply(self, ruleset: Ruleset, *, keep_on_failure: bool = False) -> bool:
         """Lead each family from what it holds to `ruleset`; a family that `ruleset` leaves out loses what is ours."""
         try:
-            observed = self._observe(ruleset)
-            if observed and not plan.drift(ruleset, observed):
+            texts = self._observe(ruleset)
+            if texts and not _drift(ruleset, texts):
                 return False
+            observed = {family: iptables.parse(text) for family, text in texts.items()}
             self._restore({family: iptables.render(ruleset, family, observed.get(family)) for family in Family})
         except ApplyError:
-            self._remove_after_failure(ruleset)
+            if not keep_on_failure:
+                self._remove_after_failure(ruleset)
             raise
         return True
 
@@ -116,7 +128,7 @@ class IptablesBackend:
 
     def drift(self, ruleset: Ruleset) -> tuple[plan.Drift, ...]:
         """Compare what is ours with `ruleset`; starts one process for each family that has tables."""
-        return plan.drift(ruleset, self._observe(ruleset))
+        return _drift(ruleset, self._observe(ruleset))
 
     def listing(self) -> str:
         """Return what the save commands print for the families that have tables."""
@@ -136,21 +148,27 @@ class IptablesBackend:
                 continue
 
     def _remove_family(self, family: Family, known: Ruleset | None) -> None:
-        if _has_ours(self._chains(family)):
+        if self._has_ours(self._chains(family)):
             applied = iptables.expected(known, family) if known else None
-            self._restore({family: iptables.render_removal(iptables.parse(self._save(family)), applied)})
+            observed = iptables.parse(self._save(family))
+            self._restore({family: iptables.render_removal(observed, applied, self._purpose)})
 
-    def _observe(self, ruleset: Ruleset) -> dict[Family, iptables.ObservedTables]:
-        """Return what each family holds, without those that have no tables at all (the usual case for a new pod).
+    def _observe(self, ruleset: Ruleset) -> dict[Family, str]:
+        """Return the listing of each family, without those that have no tables at all (the usual case for a new pod).
 
-        A family that `ruleset` leaves out is looked at only when something of ours is in it.
+        A family that `ruleset` leaves out is looked at only when something of ours is in it. On the host that holds for
+        both: without our chain there can be no jump to it, and listing all that a host has takes long.
         """
-        observed = {}
+        texts = {}
         for family in Family:
             tables = self._chains(family)
-            if _has_ours(tables) or (tables and family in ruleset.families):
-                observed[family] = iptables.parse(self._save(family))
-        return observed
+            is_wanted = family in ruleset.families and self._purpose is not Purpose.AMBIENT_HOST
+            if self._has_ours(tables) or (tables and is_wanted):
+                texts[family] = self._save(family)
+        return texts
+
+    def _has_ours(self, tables: Mapping[str, tuple[str, ...]]) -> bool:
+        return any(is_own_chain(name, self._purpose) for chains in tables.values() for name in chains)
 
     def _chains(self, family: Family) -> Mapping[str, tuple[str, ...]]:
         """Return the chains of each table of `family` that exists, asked without a process."""
@@ -161,7 +179,8 @@ class IptablesBackend:
 
     def _save(self, family: Family) -> str:
         # From outside: the list of legacy tables in /proc is not for the root of another user namespace.
-        return self._run([self._path(self._tools.save, family)])
+        only = ["-t", TableName.NAT.value] if self._purpose is Purpose.AMBIENT_HOST else []
+        return self._run([self._path(self._tools.save, family), *only])
 
     def _restore(self, texts: Mapping[Family, str]) -> None:
         """Load each family's text, one after the other: the kernel lists tables in the order of their making."""
@@ -193,7 +212,7 @@ class IptablesBackend:
                 capture_output=True,
                 text=True,
                 errors="replace",
-                env=ENVIRONMENT,
+                env=HOST_ENVIRONMENT if self._purpose is Purpose.AMBIENT_HOST else ENVIRONMENT,
                 cwd="/",
                 timeout=TIMEOUT_SECONDS,
                 pass_fds=descriptors,
@@ -232,14 +251,19 @@ class IptablesBackend:
         return (self._tools.nsenter, f"--user=/proc/self/fd/{owner}", "--"), (owner,)
 
 
-def _has_ours(tables: Mapping[str, tuple[str, ...]]) -> bool:
-    return any(name.startswith(OWN_PREFIX) for chains in tables.values() for name in chains)
+def _drift(ruleset: Ruleset, texts: Mapping[Family, str]) -> tuple[plan.Drift, ...]:
+    """Compare listings with `ruleset`; one that holds what is wanted and nothing else is not even taken apart."""
+    if all(iptables.canonical(texts.get(family, "")) == iptables.listing(ruleset, family) for family in Family):
+        return ()
+    return plan.drift(ruleset, {family: iptables.parse(text) for family, text in texts.items()})
 
 
 def _hint(stderr: str) -> str:
     lacking = tuple(capability for capability in missing_capabilities() if capability.name in _NEEDED_CAPABILITIES)
     if lacking:
         return complaint(lacking)
+    if _MISSING_SET.search(stderr):
+        return "the address set of the probes has to be made before the rules"
     if any(phrase in stderr for phrase in _MISSING_MODULE):
         return "is a kernel module (xt_REDIRECT, xt_TPROXY, xt_owner, xt_CT, iptable_nat) missing?"
     return "the rules in question are shown by `meshcni rules sidecar`"

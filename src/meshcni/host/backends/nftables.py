@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
-from meshcni import istio
 from meshcni.errors import ApplyError
 from meshcni.host.backends.libnftables import Nft
 from meshcni.rules import nft, plan
-from meshcni.rules.model import Backend, Ruleset
+from meshcni.rules.model import Backend, Purpose, Ruleset
+from meshcni.rules.nft_layout import LAYOUTS, own_tables
 
 VARIANT = "nftables"
 
 
 class NftablesBackend:
-    """Programs `inet istio-proxy-*` tables through libnftables; see PacketBackend."""
+    """Programs our tables of family inet through libnftables; see PacketBackend.
+
+    On the host our table is shared with the address sets: there only chains come and go.
+    """
 
     variant = VARIANT
     kind = Backend.NFTABLES
     processes = 0
 
-    def __init__(self, nft_here: Nft | None = None) -> None:
+    def __init__(self, nft_here: Nft | None = None, purpose: Purpose = Purpose.SIDECAR) -> None:
         self._nft = nft_here or Nft()
+        self._purpose = purpose
+        self._is_shared = LAYOUTS[purpose].is_shared
 
     def holds_ours(self) -> bool:
         """Tell whether a table of ours exists."""
         return bool(self._tables())
 
-    def apply(self, ruleset: Ruleset) -> bool:
+    def own_names(self) -> tuple[str, ...]:
+        """Name our tables."""
+        return tuple(self._tables())
+
+    def apply(self, ruleset: Ruleset, *, keep_on_failure: bool = False) -> bool:
         """Replace our tables by `ruleset`, unless they already are what it asks for."""
         transaction = nft.render(ruleset)
-        if not self.holds_ours():
+        present = self._tables()
+        if not present:
             # A deletion makes the kernel wait for all processors (10 ms), so none where there is nothing to delete.
-            transaction = transaction.removeprefix(nft.render_removal())
+            transaction = transaction.removeprefix(nft.render_removal(self._purpose))
         elif not self.drift(ruleset):
             return False
         try:
-            self._nft.change(transaction)
+            self._nft.change(transaction + nft.render_leftovers(ruleset, present))
         except ApplyError:
-            self.remove()
+            if not keep_on_failure:
+                self.remove()
             raise
         return True
 
@@ -52,25 +63,31 @@ class NftablesBackend:
 
     def drift(self, ruleset: Ruleset) -> tuple[plan.Drift, ...]:
         """Compare our tables with `ruleset`."""
-        return plan.drift(ruleset, nft.parse(self._own_listing()))
+        listed = nft.canonical(self._own_listing())
+        if listed == nft.listing(ruleset):
+            return ()
+        return plan.drift(ruleset, nft.parse(listed, self._purpose))
 
     def listing(self) -> str:
         """Return the whole ruleset of the namespace."""
         return self._nft.show("list ruleset")
 
     def remove(self, known: Ruleset | None = None) -> None:
-        """Delete our tables, if there are any."""
-        if self.holds_ours():
-            self._nft.change(nft.render_removal())
+        """Delete our tables, or our chains in a shared one, if there are any."""
+        if present := self._tables():
+            self._nft.change(nft.render_removal(self._purpose, present))
 
     def _own_listing(self) -> str:
-        # One call for each: nft 1.0.6 finds only the last one of several tables to list.
-        return "".join(self._nft.show(f"list table inet {table}") for table in self._tables())
+        # One call for each: nft 1.0.6 finds only the last one of several tables to list. Of a shared table only the
+        # chains, because the sets in it can have an element for each pod of the node.
+        if self._is_shared:
+            names = [f"chain inet {table} {chain}" for table, chains in self._tables().items() for chain in chains]
+        else:
+            names = [f"table inet {table}" for table in self._tables()]
+        return "".join(self._nft.show(f"list {name}") for name in names)
 
     def _tables(self) -> dict[str, tuple[str, ...]]:
-        """Return our tables and their chains."""
-        return {
-            table: chains
-            for (family, table), chains in self._nft.chains().items()
-            if family == "inet" and table.startswith(istio.NFT_TABLE_PREFIX)
-        }
+        """Return our tables and their chains; a shared table without chains holds nothing of ours."""
+        listed = self._nft.chains()
+        present = {table: listed["inet", table] for table in own_tables(self._purpose) if ("inet", table) in listed}
+        return {table: chains for table, chains in present.items() if chains or not self._is_shared}
