@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import namespaces
+from lab.ambient import ambient_environment
 from lab.containerd import Containerd
 from lab.node import LabError, Node, last_lines, wait_until
 from lab.objects import NODE_NAME
@@ -36,6 +37,7 @@ class AgentOptions:
     nftables: bool = True
     force_iptables: str = ""
     wait_seconds: float = 20.0  # the plugin's patience with an absent agent
+    ambient: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -141,6 +143,11 @@ class Agent:
         self.process = None
         return status
 
+    @property
+    def ztunnel_socket(self) -> Path:
+        """The socket that a ztunnel of this node connects to, at the same path inside and outside."""
+        return self.node.folder / "ztunnel.sock"
+
     def environment(self) -> dict[str, str]:
         """Return the settings that make it an agent of this node."""
         options = self.options
@@ -158,6 +165,7 @@ class Agent:
             "FORCE_IPTABLES_BINARY": options.force_iptables,
             "AGENT_WAIT_SECONDS": f"{options.wait_seconds:g}",
             "REPAIR_ENABLED": "false",
+            **(ambient_environment(self.ztunnel_socket) if options.ambient else {}),
             **self._api_environment,
             **options.environment,
         }

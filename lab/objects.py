@@ -1,12 +1,13 @@
-"""Kubernetes objects of the lab: pods as the injector leaves them, and pods that know nothing of a mesh."""
+"""Kubernetes objects of the lab: pods as the injector leaves them, ambient ones, and those that know of no mesh."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lab.ambient import AMBIENT_LABELS
 from meshcni import istio
 
 NODE_NAME = "lab-node"
@@ -61,6 +62,30 @@ def sidecar_pod(
     pod["spec"]["initContainers"] = [{"name": istio.VALIDATION_CONTAINER, "image": "meshcni.test/proxy:1"}]
     pod["spec"]["containers"].append(proxy)
     return pod
+
+
+def ambient_pod(
+    namespace: str,
+    name: str,
+    *,
+    ips: Sequence[str] = (),
+    runtime_class: str = "",
+    labels: Mapping[str, str] | None = None,
+    annotations: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return a pod that asks for ambient mode by its label; one with `ips` runs already."""
+    pod = unmeshed_pod(namespace, name, labels={**AMBIENT_LABELS, **(labels or {})}, annotations=annotations)
+    pod["spec"]["serviceAccountName"] = "default"
+    if runtime_class:
+        pod["spec"]["runtimeClassName"] = runtime_class
+    if ips:
+        pod["status"] = {"phase": "Running", "podIP": ips[0], "podIPs": [{"ip": ip} for ip in ips]}
+    return pod
+
+
+def ambient_namespace(name: str, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return a namespace whose pods are in ambient mode unless they opt out."""
+    return namespace_object(name, {**AMBIENT_LABELS, **(labels or {})})
 
 
 def namespace_object(name: str, labels: Mapping[str, str] | None = None) -> dict[str, Any]:

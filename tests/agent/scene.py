@@ -18,11 +18,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lab.ambient import ambient_environment
 from lab.apiserver import ServerThread, run_in_thread
 from lab.namespaces import call_in_netns
 
 from meshcni import istio
-from meshcni.agent.control import STATUS_PATH, ask
+from meshcni.cli.control import STATUS_PATH, ask
 from meshcni.errors import AgentUnavailableError
 from meshcni.protocols.podadd import AddReply, AddRequest, decode_reply, encode_request
 
@@ -178,6 +179,7 @@ class Scene:
         self.api = api
         self._stack = stack
         self.run_dir = directory / "run"
+        self.ztunnel_socket = directory / "ztunnel.sock"
         self.conf_dir = directory / "net.d"
         self.conf = self.conf_dir / "10-lab.conflist"
         for name in ("net.d", "bin", "source", "account"):
@@ -187,7 +189,7 @@ class Scene:
         (directory / "account" / "ca.crt").write_text("the double speaks plain HTTP\n")
         api.do(lambda server: server.write_service_account(directory / "account", "a-token"))
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, *, ambient: bool = False) -> dict[str, str]:
         """The variables of an agent on this node."""
         return {
             "PATH": os.environ["PATH"],
@@ -202,15 +204,16 @@ class Scene:
             "SERVICE_ACCOUNT_DIR": str(self.directory / "account"),
             "NATIVE_NFTABLES": "true",
             **self.api.environment,
+            **(ambient_environment(self.ztunnel_socket) if ambient else {}),
         }
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, ambient: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run an install-cni command line to its end, in the node's netns."""
         return call_in_netns(
             self.netns,
             lambda: subprocess.run(
                 (*self.program, *arguments),
-                env=self.environment() | environment,
+                env=self.environment(ambient=ambient) | environment,
                 capture_output=True,
                 text=True,
                 timeout=60,
@@ -218,7 +221,7 @@ class Scene:
             ),
         )
 
-    def start(self, *arguments: str, **environment: str) -> Agent:
+    def start(self, *arguments: str, ambient: bool = False, **environment: str) -> Agent:
         """Start the agent; it is ended with the scene if the test does not end it."""
         log = self.directory / f"agent-{next(_numbers)}.log"
 
@@ -226,7 +229,7 @@ class Scene:
             with log.open("wb") as output:
                 return subprocess.Popen(
                     (*self.program, *arguments),
-                    env=self.environment() | environment,
+                    env=self.environment(ambient=ambient) | environment,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )
@@ -241,6 +244,11 @@ class Scene:
             path.chmod(0o755)
         for path in self.run_dir.glob("*.sock"):
             path.chmod(0o666)
+
+    def add_namespace(self, namespace: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the API double a namespace; returns it as the API has it."""
+        metadata = namespace["metadata"]
+        return self.api.do(lambda server: server.add_namespace(metadata["name"], metadata.get("labels")))
 
     def add_pod(self, pod: dict[str, Any]) -> dict[str, Any]:
         """Give the API double a pod of this node; returns it as the API has it."""

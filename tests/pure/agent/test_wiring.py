@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import yaml  # noqa: F401  (selectors import it when they are read; no file may be opened during a test)
+from lab.ambient import ambient_environment
+from lab.objects import ambient_namespace, ambient_pod, namespace_object, unmeshed_pod
 
 from meshcni import istio
 from meshcni.agent.resolution import resolve
+from meshcni.agent.settings import ROWS
 from meshcni.agent.wiring import api_access, backend_config, install_config, policy, warnings
 from meshcni.host.redirection import FamilyPolicy
+from meshcni.istio import DATAPLANE_MODE
+from meshcni.pods.eligibility import Verdict, decide
+from meshcni.pods.model import namespace_from_object, pod_from_object
 from meshcni.rules.model import Backend
 
 
@@ -86,3 +95,28 @@ def test_what_the_chart_sets_is_no_surprise(mode: dict[str, str]) -> None:
 def test_ambient_settings_are_no_surprise_without_ambient() -> None:
     variables = {"POD_NAMESPACE": "istio-system", "AMBIENT_VERIFY_SECONDS": "3600", "AGENT_WAIT_SECONDS": "1"}
     assert warnings(resolve([], variables)) == ()
+
+
+LAB_PODS = {
+    "by its own label": (ambient_pod("shop", "a", runtime_class="x"), namespace_object("shop"), Verdict.AMBIENT),
+    "by its namespace's": (unmeshed_pod("shop", "a"), ambient_namespace("shop"), Verdict.AMBIENT),
+    "opted out": (unmeshed_pod("shop", "a", labels={DATAPLANE_MODE: "none"}), ambient_namespace("shop"), Verdict.SKIP),
+    "of no mesh": (unmeshed_pod("shop", "a"), namespace_object("shop"), Verdict.SKIP),
+}
+
+
+@pytest.mark.parametrize(("pod", "namespace", "verdict"), LAB_PODS.values(), ids=LAB_PODS)
+def test_the_labs_ambient_agent_takes_its_ambient_pods(
+    pod: dict[str, Any], namespace: dict[str, Any], verdict: Verdict
+) -> None:
+    variables = ambient_environment(Path("/run/ztunnel.sock"))
+    settings = resolve([], {"POD_NAMESPACE": "istio-system", "NODE_NAME": "n1", **variables})
+    assert warnings(settings) == ()
+    assert settings.origins.keys() >= {row.name for row in ROWS if set(row.variables) & variables.keys()}
+    assert decide(pod_from_object(pod), namespace_from_object(namespace), policy(settings)).verdict is verdict
+
+
+def test_a_pod_of_the_lab_with_addresses_runs() -> None:
+    pod = pod_from_object(ambient_pod("shop", "a", ips=["10.0.0.1", "fd00::1"], annotations={"x": "y"}))
+    assert (pod.phase, pod.ips, pod.service_account) == ("Running", ("10.0.0.1", "fd00::1"), "default")
+    assert pod.annotations == {"x": "y"}
