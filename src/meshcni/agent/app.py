@@ -17,13 +17,12 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meshcni import __version__, istio
 from meshcni.agent import metrics as m
 from meshcni.agent import rundir, wiring
 from meshcni.agent.addserver import AddServer
-from meshcni.agent.control import PURGE_QUERY, STATUS_PATH, UNINSTALL_PATH
 from meshcni.agent.health import Heartbeat, endpoint
 from meshcni.agent.installer import Callbacks, Installer, InstallStatus
 from meshcni.agent.logs import labels
@@ -36,6 +35,7 @@ from meshcni.agent.shutdown import Identity, decide_shutdown, gather
 from meshcni.agent.socketservices import EventService, LogService
 from meshcni.agent.status import snapshot
 from meshcni.agent.web import JSON, Request, Response, WebServer, listen_tcp
+from meshcni.cli.control import PURGE_QUERY, STATUS_PATH, UNINSTALL_PATH
 from meshcni.errors import MeshCniError, SettingError
 from meshcni.host.capabilities import complaint, missing_capabilities
 from meshcni.host.sockets import listen_seqpacket, listen_stream
@@ -44,6 +44,9 @@ from meshcni.kube.events import EventRecorder
 from meshcni.kube.informer import Informer
 from meshcni.pods.model import Namespace, Pod, namespace_from_object, pod_from_object
 from meshcni.protocols.cmdadd import MAX_BODY_BYTES as MAX_EVENT_BYTES
+
+if TYPE_CHECKING:
+    from meshcni.agent.ambient import Ambient
 
 log = logging.getLogger(__name__)
 
@@ -80,17 +83,28 @@ class Agent:
             ),
             superseded=self.sockets.taken,
         )
+        self.lookup = PodLookup(self.api, self.pods, self.namespaces, settings.api_timeout_seconds)
         self.programmer = Programmer(
             wiring.backend_config(settings),
             lambda backend, choice: self.metrics.set(m.BACKEND, 1, backend=backend.value, variant=choice.variant),
         )
+        self.ambient: Ambient | None = None
+        if self.namespaces is not None:
+            from meshcni.agent.ambientwiring import make_ambient  # with protobuf: nothing for sidecars alone
+
+            self.ambient = make_ambient(
+                settings, self.pods, self.namespaces, self.programmer, self.api, self.events.warn, self.metrics
+            )
+            self.pods.subscribe(self.ambient.pod_changed)
+            self.namespaces.subscribe(self.ambient.namespace_changed)
         self.adds = PodAdds(
-            PodLookup(self.api, self.pods, self.namespaces, settings.api_timeout_seconds),
+            self.lookup,
             wiring.policy(settings),
             self.programmer.program,
             self.metrics,
             warn=self.events.warn,
             environment=settings.rule_environment,
+            enroll=self.ambient.add if self.ambient else None,
         )
         self.add_server = AddServer(self.adds.handle, self._refusals("agent"))
         self.heartbeat = Heartbeat(settings.liveness_stale_seconds, lambda lag: self.metrics.set(m.EVENT_LOOP_LAG, lag))
@@ -98,6 +112,7 @@ class Agent:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stopping = ""  # the signal that ends us
         self._conf_fights = 0  # counted so far
+        self._installed = False
         self._end = asyncio.Event()
         self._crashed = False
         self._frozen = False
@@ -127,6 +142,10 @@ class Agent:
         agent_socket = self._socket(listen_seqpacket, run_dir / istio.AGENT_SOCKET_NAME)
         self._spawn("add-server", self.add_server.run(agent_socket))
         await self._serve_unix(run_dir)
+        if self.ambient is not None:
+            ztunnel_socket = self._socket(listen_seqpacket, Path(settings.ztunnel_uds_address))
+            self._spawn("ztunnel", self.ambient.ztunnel.run(ztunnel_socket))
+            self._spawn("ambient", self.ambient.run())
         await self._serve_tcp()
         self._spawn("installer", self.installer.run())  # once we are sure to stay: a conf without an agent stops pods
         self._spawn("pods", self.pods.run())
@@ -151,7 +170,12 @@ class Agent:
 
     async def _serve_unix(self, run_dir: Path) -> None:
         logs = LogService(self.metrics)
-        events = EventService(self.metrics, self.settings.ambient_enabled)
+        enroll = None
+        if self.ambient is not None:
+            from meshcni.agent.podevents import PodEvents
+
+            enroll = PodEvents(self.lookup, wiring.policy(self.settings), self.ambient.add).handle
+        events = EventService(self.metrics, enroll)
         control = {STATUS_PATH: self._status, UNINSTALL_PATH: self._uninstall}
         for name, label, routes, limit in (
             (istio.LOG_SOCKET_NAME, "log", {istio.LOG_PATH: logs.handle}, MAX_LOG_BODY_BYTES),
@@ -233,6 +257,8 @@ class Agent:
                 decision = decide_shutdown(evidence)
                 log.info("at shutdown: %s: %s", decision.outcome.value, decision.why, extra=labels(row=decision.row))
                 if decision.clean_up:
+                    if self.ambient is not None and settings.ambient_unenroll_on_uninstall:
+                        await self.ambient.unenroll_all()
                     await self._take_away()
         except TimeoutError:
             log.error("not done within the %s s of SHUTDOWN_GRACE_SECONDS; what is still there stays", grace)
@@ -250,9 +276,12 @@ class Agent:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _take_away(self, *, purge: bool = False) -> tuple[str, ...]:
-        """Stop installing and remove what was installed."""
+        """Stop installing and remove what was installed; of ambient mode what is the host's."""
         await self._stop_installing()
         done = await self.installer.uninstall(purge=purge)
+        if self.ambient is not None:
+            await self.ambient.host.remove_all()
+            done = (*done, "removed the host's probe rules and sets")
         for sentence in done:
             log.info("%s", sentence)
         return done
@@ -267,6 +296,8 @@ class Agent:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if self.ambient is not None:
+            await self.ambient.close()
         for server in self._servers:
             await server.close()
         await self.events.close()
@@ -288,7 +319,8 @@ class Agent:
             if not informer.synced.is_set()
         ]
         stopping = (f"the agent is shutting down ({self._stopping})",) if self._stopping else ()
-        return (*stopping, *self.sockets.reasons(), *self.installer.reasons, *waiting)
+        ambient = self.ambient.not_ready() if self.ambient is not None and not waiting else ()
+        return (*stopping, *self.sockets.reasons(), *self.installer.reasons, *waiting, *ambient)
 
     def not_live(self) -> tuple[str, ...]:
         """Why the process should be restarted."""
@@ -310,6 +342,7 @@ class Agent:
             adds=self.adds.recent,
             errors=self.metrics.series(m.ERRORS),
             missing_capabilities=complaint(missing_capabilities()),
+            ambient=self.ambient.status() if self.ambient is not None else None,
         )
         return Response(200, json.dumps(document, default=str).encode() + b"\n", JSON)
 
@@ -318,7 +351,8 @@ class Agent:
         if request.method != "POST":
             return Response(405, b"POST uninstalls\n")
         try:
-            done = await self._take_away(purge=request.query == PURGE_QUERY)
+            left = await self.ambient.unenroll_all() if self.ambient is not None else ()
+            done = (*left, *await self._take_away(purge=request.query == PURGE_QUERY))
         except MeshCniError as error:
             return Response(500, f"{error}\n".encode())
         return Response(200, json.dumps({"done": list(done)}).encode() + b"\n", JSON)
@@ -330,12 +364,17 @@ class Agent:
 
     def _install_changed(self, status: InstallStatus) -> None:
         self.metrics.set(m.INSTALL_READY, status.ready)
+        if status.ready and not self._installed and self.ambient is not None:
+            self.ambient.conf_in_place()
+        self._installed = status.ready
         self.metrics.set(m.INSTALL_TROUBLES, len(status.reasons), kind="blocking")
         self.metrics.set(m.INSTALL_TROUBLES, len(status.notes), kind="note")
         self.metrics.count(m.CONF_DRIFT, status.conf_fights - self._conf_fights)
         self._conf_fights = status.conf_fights
 
     def _measure(self) -> None:
+        if self.ambient is not None:
+            self.ambient.measure()
         for informer in (self.pods, self.namespaces):
             if informer is not None:
                 self.metrics.set(m.WATCH_SYNCED, informer.synced.is_set(), resource=informer.name)

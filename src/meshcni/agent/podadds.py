@@ -28,6 +28,7 @@ from meshcni.host.netns import check_pod_netns
 from meshcni.host.redirection import Applied
 from meshcni.pods.assess import Assessment, assess
 from meshcni.pods.eligibility import (
+    AMBIENT_ENABLED,
     BAD_PARAMETERS,
     NAMESPACE_EXCLUDED,
     SIDECAR_INJECTED,
@@ -42,6 +43,7 @@ from meshcni.protocols.podadd import AddReply, AddRequest, accepted, refused
 log = logging.getLogger(__name__)
 
 ADD_SECONDS = 60.0  # everything; the kubelet gives a sandbox 2 to 4 minutes and then starts anew
+ENROLL_SECONDS = 23.0  # ztunnel's return included; our plugin waits 25 s for the answer
 REMEMBERED_ADDS = 50  # for `install-cni status`
 MAX_LOGGED_CHARACTERS = 200  # of a message, so that a line stays below 400 bytes
 MAX_REPLY_CHARACTERS = 2000  # an annotation can be 256 KiB long, and messages quote values
@@ -49,6 +51,7 @@ EVENT_REASON = "MeshRedirectionFailed"
 
 Addresses = tuple[IPv4Address | IPv6Address, ...]
 Program = Callable[[int, Interception, Addresses], Awaitable[Applied]]
+Enroll = Callable[[Pod, int, Addresses, str, float], Awaitable[object]]  # netns, its addresses and name, seconds
 Warn = Callable[[Pod, str, str], Awaitable[None]]  # returns at once; the Event is posted in the background
 
 
@@ -109,8 +112,10 @@ class PodAdds:
         *,
         warn: Warn,
         environment: Mapping[str, str],
+        enroll: Enroll | None = None,
     ) -> None:
         self._lookup = lookup
+        self._enroll = enroll
         self._policy = policy
         self._program = program
         self._metrics = metrics
@@ -156,7 +161,9 @@ class PodAdds:
         if assessment.decision.verdict is Verdict.SKIP:
             return _skipped(record, assessment.decision.reason)
         try:
-            interception = required_interception(pod, assessment)
+            if assessment.decision.verdict is Verdict.AMBIENT:
+                return await self._add_ambient(request, netns_fd, pod, record)
+            interception = required_interception(assessment)
             with record.phase("program"):
                 applied = await self._program(netns_fd, interception, addresses(request.ips))
         except MeshCniError as error:
@@ -165,6 +172,15 @@ class PodAdds:
         record.verdict, record.backend, record.variant = "sidecar", applied.backend.value, applied.variant
         record.message = assessment.decision.reason.text
         return accepted("sidecar", record.reason, record.message)
+
+    async def _add_ambient(self, request: AddRequest, netns_fd: int, pod: Pod, record: AddRecord) -> AddReply:
+        """Answer when the rules are in and ztunnel has acknowledged the pod."""
+        if self._enroll is None:
+            raise AddRefusedError(f"pod {pod.full_name} is an ambient pod, and ambient mode is off on this node")
+        with record.phase("enroll"):
+            await self._enroll(pod, netns_fd, addresses(request.ips), request.netns, ENROLL_SECONDS)
+        record.verdict, record.message = "ambient", AMBIENT_ENABLED.text
+        return accepted("ambient", record.reason, record.message)
 
     async def _assess(self, request: AddRequest, record: AddRecord) -> tuple[Pod, Assessment]:
         """The pod and what is to be done with it; its namespace is asked for only where ambient mode needs it."""
@@ -184,7 +200,11 @@ class PodAdds:
 
     def _failed(self, record: AddRecord, error: MeshCniError) -> AddReply:
         record.verdict, record.message, record.code = "error", str(error)[:MAX_REPLY_CHARACTERS], error.cni_code
-        if record.reason in (INTERNAL.code, SIDECAR_INJECTED.code):  # no step has named a better one
+        if record.reason in (
+            INTERNAL.code,
+            SIDECAR_INJECTED.code,
+            AMBIENT_ENABLED.code,
+        ):  # no step has named a better one
             record.reason = REASON_OF_CODE.get(error.cni_code, INTERNAL).code
         self._metrics.count(m.ERRORS, error=type(error).__name__)
         message = "; ".join([error.message, *getattr(error, "__notes__", ())])
@@ -204,16 +224,11 @@ class PodAdds:
         log.log(level, "ADD %s", record.message[:MAX_LOGGED_CHARACTERS], extra=labels(**values))
 
 
-def required_interception(pod: Pod, assessment: Assessment) -> Interception:
+def required_interception(assessment: Assessment) -> Interception:
     """The parameters to program. Raises PodSpecError for wrong ones, AddRefusedError where there can be none."""
     decision = assessment.decision
     if assessment.error is not None:
         raise assessment.error
-    if decision.verdict is Verdict.AMBIENT:
-        raise AddRefusedError(
-            f"pod {pod.full_name} is an ambient pod, and ambient enrolment is not part of this build yet",
-            "label the pod istio.io/dataplane-mode=none, or run an agent that enrols ambient pods on this node",
-        )
     if assessment.derived is None:
         raise AddRefusedError(f"{decision.reason.text} ({decision.evidence})")
     return assessment.derived.interception

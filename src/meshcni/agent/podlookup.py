@@ -6,19 +6,15 @@ successor (StatefulSets make them), whose spec may be another. Upstream looks at
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from meshcni.errors import KubeError
 from meshcni.kube.client import NAMESPACES, Object
 from meshcni.pods.model import Namespace, Pod, namespace_from_object
+from meshcni.pods.podidentity import is_meant
 
 T = TypeVar("T", covariant=True)
-
-# A static pod's UID is a hash that the kubelet computes; its mirror in the API has another, and carries the hash here
-# (kubernetes/pkg/kubelet/types: ConfigHashAnnotationKey, ConfigMirrorAnnotationKey).
-STATIC_POD_KEYS = ("kubernetes.io/config.hash", "kubernetes.io/config.mirror")
 
 
 class Store(Protocol[T]):
@@ -92,9 +88,3 @@ class PodLookup:
             raise KubeError(
                 error.status, f"cannot read the labels of namespace {name}: {error.message}", error.hint
             ) from error
-
-
-def is_meant(pod: Pod, uid: str) -> bool:
-    """Whether `pod` is the one that the runtime calls `uid` (empty: the runtime does not say)."""
-    annotations: Mapping[str, str] = pod.annotations
-    return not uid or uid == pod.uid or uid in (annotations.get(key) for key in STATIC_POD_KEYS)

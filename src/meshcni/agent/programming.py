@@ -9,9 +9,11 @@ import os
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from meshcni import istio
 from meshcni.agent.podadds import Addresses
@@ -24,6 +26,7 @@ from meshcni.host.redirection import Applied, FamilyPolicy, apply_sidecar
 from meshcni.pods.interception import Interception
 from meshcni.rules.model import Backend
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 CHOICE_FILE_NAME = "backend.json"  # in the run directory: which iptables variant this boot uses, and why
@@ -62,7 +65,8 @@ class Programmer:
         self._choosing = asyncio.Lock()
         self._slots = asyncio.Semaphore(max(2, os.cpu_count() or 1))
         self._locks: weakref.WeakValueDictionary[int, asyncio.Lock] = weakref.WeakValueDictionary()  # by netns inode
-        self._working: dict[asyncio.Task[Applied], float] = {}  # when each began
+        self._background = asyncio.Semaphore(1)
+        self._working: dict[asyncio.Task[Any], float] = {}  # when each began
 
     def stuck(self) -> tuple[str, ...]:
         """Why no pod may get its rules any more: work that has long been under way, behind which others wait."""
@@ -78,28 +82,45 @@ class Programmer:
 
     async def program(self, netns_fd: int, parameters: Interception, expected: Addresses) -> Applied:
         """Put the rules of `parameters` into the netns, which must have one of the `expected` addresses."""
-        choice = await self._choose()
-        apply = partial(
-            apply_sidecar,
-            parameters,
-            self.config.backend,
-            force_iptables=self.config.forced_variant,
-            choice=None if choice is NATIVE else choice,
-            family_policy=self.config.family_policy,
-            expected_addresses=expected,
+        return await self.run(
+            netns_fd,
+            lambda choice: apply_sidecar(
+                parameters,
+                self.config.backend,
+                force_iptables=self.config.forced_variant,
+                choice=choice,
+                family_policy=self.config.family_policy,
+                expected_addresses=expected,
+            ),
         )
-        work = asyncio.get_running_loop().create_task(self._alone(os.dup(netns_fd), apply))
-        self._working[work] = self._clock()
-        work.add_done_callback(self._working.pop)
-        return await asyncio.shield(work)  # who stops waiting must not give the netns free before the work has ended
 
-    async def _alone(self, own_fd: int, apply: Callable[[], Applied]) -> Applied:
+    async def variant(self) -> VariantChoice | None:
+        """The iptables variant of this boot; None with nftables. Raises MeshCniError when none works."""
+        choice = await self._choose()
+        return None if choice is NATIVE else choice
+
+    async def run(self, netns_fd: int, work: Callable[[VariantChoice | None], T], *, urgent: bool = True) -> T:
+        """Run `work` inside the netns, alone there; it gets the iptables variant of this boot, None with nftables.
+
+        What is not `urgent`, such as looking after pods that run, takes turns, so that an ADD never waits behind it.
+        """
+        own_fd = os.dup(netns_fd)  # now: who called may close his while we wait
+        task: asyncio.Task[T] = asyncio.get_running_loop().create_task(self._alone(own_fd, work, urgent))
+        self._working[task] = self._clock()
+        task.add_done_callback(self._working.pop)
+        return await asyncio.shield(task)  # who stops waiting must not give the netns free before the work has ended
+
+    async def _alone(self, own_fd: int, work: Callable[[VariantChoice | None], T], urgent: bool) -> T:
         try:
+            function = partial(work, await self.variant())
             lock = self._locks.setdefault(os.fstat(own_fd).st_ino, asyncio.Lock())
-            async with lock, self._slots:
-                return await run_in_netns(own_fd, apply)
+            async with self._turn(urgent), lock, self._slots:
+                return await run_in_netns(own_fd, function)
         finally:
             os.close(own_fd)
+
+    def _turn(self, urgent: bool) -> AbstractAsyncContextManager[object]:
+        return nullcontext() if urgent else self._background
 
     async def _choose(self) -> VariantChoice:
         async with self._choosing:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from meshcni.agent import logs
 from meshcni.agent import metrics as m
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.web import Request, Response
-from meshcni.errors import ProtocolError
-from meshcni.protocols.cmdadd import decode_pod_added
+from meshcni.errors import MeshCniError, ProtocolError
+from meshcni.protocols.cmdadd import PodAdded, decode_pod_added
 from meshcni.protocols.loglines import decode_lines
 
 log = logging.getLogger(__name__)
 
 LINES_PER_SECOND = 200.0  # a plugin sends a few lines an ADD, at debug about fifty
 LINES_AT_ONCE = 2000.0
+MAX_LOGGED_CHARACTERS = 200  # of a message, so that a line stays below 400 bytes
+MAX_ANSWER_CHARACTERS = 2000
 WARNING_SECONDS = 60.0  # between two lines that say that lines are dropped
 
 
@@ -68,28 +70,39 @@ class LogService:
         return Response()
 
 
-class EventService:
-    """Answers `POST /cmdadd` of the original's plugin, which sends it for ambient pods only. Errors fail its ADD."""
+Enroll = Callable[[PodAdded], Awaitable[None]]
 
-    def __init__(self, metrics: Metrics, ambient_enabled: bool) -> None:
+
+class EventService:
+    """Answers `POST /cmdadd` of the original's plugin, which sends it for ambient pods only. Errors fail its ADD.
+
+    `enroll` is None when ambient mode is off on this node.
+    """
+
+    def __init__(self, metrics: Metrics, enroll: Enroll | None) -> None:
         self._metrics = metrics
-        self._ambient_enabled = ambient_enabled
+        self._enroll = enroll
 
     async def handle(self, request: Request) -> Response:
         """400 for what cannot be read, 500 for what cannot be done; the body is plain text. Any method."""
-        response = self._answer(request)
+        response = await self._answer(request)
         self._metrics.count(m.PLUGIN_REQUESTS, response_code=str(response.status))
         return response
 
-    def _answer(self, request: Request) -> Response:
+    async def _answer(self, request: Request) -> Response:
         try:
             event = decode_pod_added(request.body)
         except ProtocolError as error:
             return Response(400, f"{error.message}\n".encode())
-        why = (
-            "ambient enrolment is not part of this build yet"
-            if self._ambient_enabled
-            else "ambient is not enabled on this node"
-        )
-        log.error("refused ambient pod %s/%s: %s", event.pod_namespace, event.pod_name, why)
-        return Response(500, f"pod {event.pod_namespace}/{event.pod_name}: {why}\n".encode())
+        pod = f"{event.pod_namespace}/{event.pod_name}"
+        try:
+            if self._enroll is None:
+                raise MeshCniError("ambient is not enabled on this node", "set AMBIENT_ENABLED on the agent")
+            await self._enroll(event)
+        except MeshCniError as error:
+            log.error("refused ambient pod: %s", str(error)[:MAX_LOGGED_CHARACTERS], extra=logs.labels(pod=pod))
+            return Response(500, f"pod {pod}: {error}\n"[:MAX_ANSWER_CHARACTERS].encode())
+        except Exception as error:
+            log.exception("enrolling %s failed unexpectedly", pod)
+            return Response(500, f"pod {pod}: {type(error).__name__}: {error}\n"[:MAX_ANSWER_CHARACTERS].encode())
+        return Response()

@@ -25,6 +25,7 @@ def snapshot(
     adds: Iterable[AddRecord],
     errors: Mapping[str, float],
     missing_capabilities: str,
+    ambient: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The status document. Keys are stable; times are UTC, durations name their unit."""
     choice = programmer.choice
@@ -45,6 +46,7 @@ def snapshot(
         "adds": [asdict(record) for record in adds],
         "errors": dict(errors),
         "missingCapabilities": missing_capabilities,
+        "ambient": ambient,
     }
 
 

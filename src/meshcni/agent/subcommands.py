@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from meshcni import __version__, istio
-from meshcni.agent.control import PURGE_QUERY, STATUS_PATH, UNINSTALL_PATH, ask
+from meshcni.cli.control import PURGE_QUERY, STATUS_PATH, UNINSTALL_PATH, ask
 from meshcni.errors import AgentUnavailableError, UsageError
 from meshcni.pflag import Flag, ParsedFlags, go_bool, parse
 
@@ -62,7 +62,7 @@ def settings(arguments: Sequence[str]) -> int:
 
 def status(arguments: Sequence[str]) -> int:
     """Print what the running agent says of itself; exit status 1 when it is not ready."""
-    from meshcni.agent.statustext import as_text
+    from meshcni.cli.statustext import as_text
 
     parsed = _only_flags(parse((OUTPUT, RUN_DIR, *PERSISTENT), arguments))
     form = _output(parsed, ("", "json"))

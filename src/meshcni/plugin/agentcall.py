@@ -11,8 +11,9 @@ from meshcni.protocols.podadd import MAX_REPLY_BYTES
 
 FIRST_PAUSE_SECONDS = 0.01
 MAX_PAUSE_SECONDS = 0.25
-# Once connected, the agent gets this long even when the bound is nearly over: it may be programming rules by now.
-MIN_REPLY_SECONDS = 10.0
+# Once connected, the agent gets this long even when the bound is nearly over: it may be programming rules by now, or
+# wait for ztunnel, which looks for a restarted agent after up to 15 s.
+MIN_REPLY_SECONDS = 25.0
 
 _HINT = (
     f"is the {istio.DAEMONSET_NAME} pod of this node running? If Istio CNI is to go from this node, run "

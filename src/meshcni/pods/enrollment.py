@@ -215,7 +215,8 @@ def next_row(
         if row.step is Step.ADD and actual.enrolled and not settled:
             continue
         if row.needed(desired, actual):
-            return row
+            waits = row.step is Step.FIND_NETNS and not desired.addresses  # the sandbox is still to come
+            return None if waits else row
     return None
 
 

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import pytest
 
-from meshcni.agent.podlookup import PodLookup, is_meant
+from meshcni.agent.podlookup import PodLookup
 from meshcni.errors import KubeError
 from meshcni.pods.model import Namespace, Pod
+from meshcni.pods.podidentity import is_meant
 
 T = TypeVar("T")
 

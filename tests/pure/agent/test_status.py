@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from meshcni.agent.health import Heartbeat
 from meshcni.agent.socketservices import Allowance
-from meshcni.agent.statustext import as_text
+from meshcni.cli.statustext import as_text
 
 DOCUMENT = {
     "version": "1",

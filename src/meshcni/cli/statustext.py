@@ -23,7 +23,40 @@ def as_text(document: Mapping[str, Any]) -> str:
     if document["missingCapabilities"]:
         rows.append(("privileges", document["missingCapabilities"]))
     lines = [f"{name:<10} {text}" for name, text in rows]
-    return "\n".join([*lines, "", *_adds(document["adds"])])
+    ambient = _ambient(document.get("ambient"))
+    return "\n".join([*lines, "", *ambient, *_adds(document["adds"])])
+
+
+def _ambient(ambient: Mapping[str, Any] | None) -> list[str]:
+    """Ambient mode: ztunnel's connections, the host's rules, and each pod with what is wrong with it."""
+    if ambient is None:
+        return []
+    links = [
+        f"ztunnel    {link['state']}{', newest' if link['newest'] else ''}: pid {link['pid']} since {link['since']}, "
+        f"{link['acked']} pods acknowledged, {link['pending']} waiting"
+        + (f"; last error: {link['last_error']}" if link["last_error"] else "")
+        for link in ambient["ztunnel"]
+    ]
+    lines = links or ["ztunnel    none is connected: new ambient pods wait, running ones keep their proxies"]
+    lines.append(f"host rules {ambient['hostRules']}; {ambient['setEntries']} addresses in the set")
+    if not ambient["pods"]:
+        return [*lines, "no ambient pod on this node", ""]
+    header = ("POD", "STATE", "ANNOTATION", "NETNS", "RULES", "ZTUNNEL", "TRIES", "LAST ERROR, OR WHAT WAS MENDED")
+    return [*lines, "", *_columns(header, [_ambient_row(pod) for pod in ambient["pods"]]), ""]
+
+
+def _ambient_row(pod: Mapping[str, Any]) -> tuple[str, ...]:
+    rules = pod["rules"] or "-"
+    return (
+        pod["pod"],
+        pod["state"],
+        pod["annotation"] or "-",
+        str(pod["netnsInode"] or "-"),
+        rules if rules == pod["wantedRules"] else f"{rules} (wanted {pod['wantedRules'] or '-'})",
+        "acked" if pod["ztunnelAcked"] else "-",
+        str(pod["attempts"]),
+        pod["lastError"] or (f"mended: {pod['lastMended']}" if pod["lastMended"] else ""),
+    )
 
 
 def _watch_text(watch: Mapping[str, Any]) -> str:
@@ -49,5 +82,10 @@ def _adds(adds: Sequence[Mapping[str, Any]]) -> list[str]:
         )
         for add in reversed(adds)
     ]
+    return _columns(header, rows)
+
+
+def _columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """A table: all columns but the last are padded."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header) - 1)]
-    return ["  ".join([*map(str.ljust, row, widths), row[-1]]) for row in (header, *rows)]
+    return ["  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in (header, *rows)]

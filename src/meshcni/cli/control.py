@@ -13,7 +13,7 @@ from meshcni.errors import AgentUnavailableError, MeshCniError
 STATUS_PATH = "/status"
 UNINSTALL_PATH = "/uninstall"
 PURGE_QUERY = "purge=true"
-ANSWER_SECONDS = 60.0  # an uninstall writes and syncs files
+ANSWER_SECONDS = 90.0  # an uninstall un-enrols every pod, then writes and syncs files
 
 
 class AgentFailedError(MeshCniError):

@@ -1,0 +1,445 @@
+"""Ambient mode in the agent: who tells what to the records of pods, what happens at the start and at the end.
+
+At the start nothing is taken for granted and nothing is taken away: what earlier agents left is adopted, ztunnel gets
+its snapshot as soon as every enrolled pod is known, and the looking after goes on in the background while ADDs are
+served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any, Protocol
+
+from meshcni.agent import metrics as m
+from meshcni.agent.hostside import HostSide
+from meshcni.agent.logs import labels
+from meshcni.agent.metrics import Metrics
+from meshcni.agent.netnssearch import NetnsSearch
+from meshcni.agent.podrecord import Netns, PodRecord
+from meshcni.agent.programming import Programmer
+from meshcni.agent.reconciler import EnrollmentError, Reconciler
+from meshcni.agent.steps import PatchesRedirection, StepParts, Steps, Warn, leave_sandbox, version_of, workload
+from meshcni.agent.verification import Verification
+from meshcni.agent.ztunnel import Meter, Workload, ZtunnelServer
+from meshcni.errors import MeshCniError, PodSpecError
+from meshcni.kube.reducer import Change
+from meshcni.pods.ambient import AmbientParameters, derive_ambient
+from meshcni.pods.eligibility import Policy, Verdict, decide
+from meshcni.pods.enrollment import Annotation, Intent, Life, Step, adopted, annotation_of
+from meshcni.pods.model import Namespace, Pod, pod_addresses
+from meshcni.rules.ambient import pod_ruleset
+from meshcni.rules.model import Family
+from meshcni.rules.plan import digest
+
+log = logging.getLogger(__name__)
+
+LEAVE_SECONDS = 45.0  # for all pods of the node to be un-enrolled
+Addresses = Collection[IPv4Address | IPv6Address]
+
+
+class Pods(Protocol):
+    """What is needed of the informer of pods."""
+
+    synced: asyncio.Event
+
+    def items(self) -> tuple[Pod, ...]:
+        """All pods of this node."""
+
+
+class Namespaces(Protocol):
+    """What is needed of the informer of namespaces."""
+
+    synced: asyncio.Event
+
+    def get(self, namespace: str, name: str) -> Namespace | None:
+        """One namespace; `namespace` is empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class AmbientConfig:
+    """What the settings say. `defaults` are the node's parameters, which annotations of a pod override.
+
+    `sandboxed_runtimes` are patterns of RuntimeClass names whose pods cannot be enrolled.
+    """
+
+    policy: Policy
+    defaults: AmbientParameters
+    families: frozenset[Family]
+    verify_seconds: float
+    ztunnel_wait_seconds: float
+    sandboxed_runtimes: tuple[str, ...]
+
+
+class Ambient:
+    """Ambient mode of one node. `run` lives as long as the agent."""
+
+    def __init__(
+        self,
+        config: AmbientConfig,
+        *,
+        pods: Pods,
+        namespaces: Namespaces,
+        programmer: Programmer,
+        search: NetnsSearch,
+        host: HostSide,
+        api: PatchesRedirection,
+        warn: Warn,
+        metrics: Metrics,
+    ) -> None:
+        self.config = config
+        self.host = host
+        self.ztunnel = ZtunnelServer(self._snapshot, on_change=self._ztunnel_changed, meter=_meter(metrics))
+        parts = StepParts(
+            programmer,
+            search,
+            self.ztunnel,
+            host,
+            api,
+            warn,
+            metrics,
+            config.families,
+            config.ztunnel_wait_seconds,
+        )
+        self.steps = Steps(parts, lambda: list(self.records))
+        self.records = Reconciler(self.ztunnel, self.steps, on_desired=self._became_desired, on_left=self._left)
+        self.verification = Verification(
+            self.records, self.steps, search, host, metrics, config.verify_seconds, known_uids=self._known_uids
+        )
+        self._pods, self._namespaces = pods, namespaces
+        self._search, self._metrics, self._warn = search, metrics, warn
+        self._backend = programmer.config.backend
+        self._adopted = False
+        self._leaving = False  # everything is being un-enrolled
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Adopt what is there once the cluster was read, then look after it until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.host.start())
+            await self._pods.synced.wait()
+            await self._namespaces.synced.wait()
+            for pod in self._pods.items():  # again: the namespaces are known now
+                self.observe(pod)
+            await self._adopt()
+            group.create_task(self._adopt_addresses())
+            await self.verification.run()
+
+    async def close(self) -> None:
+        """End all work; pods, host and ztunnel keep what they have."""
+        await self.records.close()
+        self.host.close()
+
+    def not_ready(self) -> tuple[str, ...]:
+        """Why not ready. Whether ztunnel is there does not count: it may wait for us."""
+        reasons = () if self._adopted else ("the ambient pods of this node are not looked at yet",)
+        return (*reasons, *((self.host.trouble,) if self.host.trouble else ()))
+
+    def conf_in_place(self) -> None:
+        """The runtime uses the plugin from now on: look at all pods once more, some may have started just before."""
+        if self._adopted:
+            for pod in self._pods.items():
+                self.observe(pod)
+            self.verification.hurry()
+
+    async def unenroll_all(self) -> tuple[str, ...]:
+        """Take every pod of this node out of the mesh. Returns what was done as sentences; raises MeshCniError."""
+        self._leaving = True
+        names = [record.name for record in self.records]
+        for record in self.records:
+            record.intent = Intent.LEAVE
+            self.records.wake(record)
+        end = time.monotonic() + LEAVE_SECONDS
+        while len(self.records):
+            if time.monotonic() > end:
+                left = ", ".join(record.name for record in self.records)
+                raise EnrollmentError(f"still enrolled after {LEAVE_SECONDS:.0f} s: {left}", "see install-cni status")
+            await asyncio.sleep(0.05)
+        return tuple(f"un-enrolled pod {name}" for name in names)
+
+    async def _adopt(self) -> None:
+        """One walk for the namespaces of all pods, then ztunnel may have its snapshot and the workers may begin."""
+        records = [record for record in self.records if record.netns is None and record.addresses]
+        try:
+            found = await self._search.find_all(records)
+        except Exception as error:  # pods keep what they have, and are looked for again one by one
+            log.error("the host's processes cannot be walked: %s", error)
+            found = {}
+        for record in records:
+            netns = found.get(record.uid)
+            if netns is not None and record.netns is None:
+                await self.steps.settle_in(record, netns)
+            elif netns is not None:
+                netns.close()  # an ADD came in between
+        if self.host.ready.is_set():
+            await self._claim_addresses()
+        self._adopted = True
+        self.ztunnel.snapshot_ready.set()
+        self.records.resume()
+        enrolled = sum(record.actual.enrolled for record in self.records)
+        log.info("adopted %d enrolled pods, %d with their netns", enrolled, len(found))
+
+    async def _adopt_addresses(self) -> None:
+        if not self.host.owners:
+            await self.host.ready.wait()
+        await self._claim_addresses()
+        self.records.wake_all()
+
+    async def _claim_addresses(self) -> None:
+        staying = [
+            record for record in self.records if record.intent is Intent.ENROLL and record.life is not Life.ENDED
+        ]
+        enrolled = [record for record in staying if record.actual.enrolled]
+        claims = {address: record.uid for record in enrolled for address in record.addresses}
+        try:
+            await self.host.adopt(claims, {record.uid for record in staying})
+        except (MeshCniError, OSError) as error:
+            log.error("the set of probed addresses: %s", error)  # the workers put each pod's in
+            return
+        for record in enrolled:
+            record.actual = replace(record.actual, addresses=record.addresses)
+
+    # --- what others tell ---------------------------------------------------------------------------------------------
+
+    async def add(self, pod: Pod, netns_fd: int, addresses: Addresses, netns_name: str, seconds: float) -> PodRecord:
+        """Enrol a pod whose sandbox is being made; returns when rules are in and ztunnel has acknowledged.
+
+        Raises MeshCniError when that does not come about within `seconds`; then nothing of ours stays in the sandbox.
+        """
+        if self._leaving:
+            raise EnrollmentError("ambient mode is being removed from this node", "the conf entry goes next; try again")
+        record = self.records.get(pod.uid)
+        if record is None:
+            record = PodRecord(pod, Intent.ENROLL, "add", actual=replace(adopted(annotation_of(pod)), enrolled=False))
+            self.records.put(record)
+        record.pod, record.intent, record.in_api = pod, Intent.ENROLL, True
+        self._read_parameters(record)
+        if record.parameters_error is not None:
+            raise record.parameters_error
+        await self._enter_sandbox(record, Netns(os.dup(netns_fd), netns_name))
+        record.addresses = frozenset(addresses) or record.addresses
+        record.waiter = asyncio.get_running_loop().create_future()
+        waiter = record.waiter
+        self.records.wake(record)
+        try:
+            async with asyncio.timeout(seconds):
+                await asyncio.shield(waiter)
+        except TimeoutError:
+            self._give_up(record, waiter)
+            step = next(iter(record.failed), None)
+            raise EnrollmentError(
+                f"pod {pod.full_name} was not enrolled within {seconds:g} s{f' (step {step.value})' if step else ''}",
+                "is ztunnel of this node answering? install-cni status tells",
+            ) from None
+        return record
+
+    async def _enter_sandbox(self, record: PodRecord, netns: Netns) -> None:
+        if record.waiter is not None and not record.waiter.done():
+            record.waiter.set_exception(EnrollmentError("another ADD of the same pod came after this one"))
+        if record.netns is not None and record.netns.id == netns.id:
+            netns.close()  # the runtime repeats itself: what is in place counts
+        else:
+            leave_sandbox(record, by_add=True)
+            await self.steps.settle_in(record, netns)
+        if not record.actual.enrolled:
+            record.life = Life.STARTING
+        record.undoing, record.error, record.attempts = False, None, 0
+        record.milliseconds.clear()
+        record.started_at, record.desired_since = time.monotonic(), None
+
+    def _give_up(self, record: PodRecord, waiter: asyncio.Future[None]) -> None:
+        """The ADD fails for want of time: what has been done is undone."""
+        waiter.cancel()
+        if record.waiter is waiter:
+            record.waiter = None
+            if not record.actual.enrolled:
+                record.undoing = True
+                record.error = record.error or EnrollmentError("enrolment took too long")
+            self.records.wake(record)
+
+    def observe(self, pod: Pod) -> None:
+        """Take in what the API server says of a pod."""
+        record = self.records.get(pod.uid)
+        annotation = annotation_of(pod)
+        addresses, malformed = pod_addresses(pod)
+        verdict = decide(pod, self._namespaces.get("", pod.namespace), self.config.policy).verdict
+        intent = Intent.LEAVE if self._leaving else self._intent(verdict, record, annotation)
+        if record is None:
+            if annotation is Annotation.ABSENT and (intent is Intent.LEAVE or pod.has_terminated or not addresses):
+                return  # nothing of ours, or its ADD is still to come
+            record = PodRecord(
+                pod, intent, "informer" if self._adopted else "start", actual=adopted(annotation), annotated_at=0
+            )
+            record.actual = replace(record.actual, addresses=self.host.addresses_of(pod.uid))
+            self.records.put(record)
+        record.pod, record.intent, record.in_api = pod, intent, True
+        if malformed:
+            log.warning("pod %s has an address that is none: %s", pod.full_name, ", ".join(malformed)[:100])
+        if addresses:
+            self._take_addresses(record, frozenset(addresses))
+        if pod.has_terminated:
+            record.life = Life.ENDED
+        if version_of(pod) >= record.annotated_at:
+            record.actual = replace(record.actual, annotation=annotation)
+        self._read_parameters(record)
+        self.records.wake(record)
+
+    def _intent(self, verdict: Verdict, record: PodRecord | None, annotation: Annotation) -> Intent:
+        """A pod that nothing is known about stays what it is."""
+        if verdict is not Verdict.ERROR:
+            return Intent.ENROLL if verdict is Verdict.AMBIENT else Intent.LEAVE
+        if record is not None:
+            return record.intent
+        return Intent.LEAVE if annotation is Annotation.ABSENT else Intent.ENROLL
+
+    def _take_addresses(self, record: PodRecord, addresses: frozenset[IPv4Address | IPv6Address]) -> None:
+        moved = bool(record.addresses) and record.addresses.isdisjoint(addresses)
+        record.addresses = addresses
+        if moved and record.life is Life.RUNNING:
+            self.verification.look_at(record)  # a new sandbox, perhaps made by a conf without us
+
+    def pod_changed(self, change: Change[Pod]) -> None:
+        """Take in a change of the informer of pods."""
+        self._metrics.count(m.RECONCILE_EVENTS, type=EVENT_TYPES[change.kind.value])
+        if change.old is not None and (change.new is None or change.new.uid != change.old.uid):
+            self.gone(change.old.uid)
+        if change.new is not None:
+            self.observe(change.new)
+
+    def namespace_changed(self, change: Change[Namespace]) -> None:
+        """Take in a change of the informer of namespaces: new labels may concern each of its pods."""
+        self._metrics.count(m.RECONCILE_EVENTS, type=EVENT_TYPES[change.kind.value])
+        if change.new is None or (change.old is not None and change.old.labels == change.new.labels):
+            return
+        for pod in self._pods.items():
+            if pod.namespace == change.new.name:
+                self._metrics.count(m.RECONCILE_EVENTS, type="update")
+                self.observe(pod)
+
+    def gone(self, uid: str) -> None:
+        """The pod is no more."""
+        record = self.records.get(uid)
+        if record is not None:
+            record.life, record.in_api = Life.ENDED, False
+            self.records.wake(record)
+
+    def _known_uids(self) -> set[str]:
+        """The pods that the informer has; one that an ADD made known may be deleted before the informer sees it."""
+        return {pod.uid for pod in self._pods.items()}
+
+    def _read_parameters(self, record: PodRecord) -> None:
+        """Parse the pod's overrides. An edit that makes no rules changes nothing for a pod that has some."""
+        pod = record.pod
+        try:
+            sandboxed = any(fnmatchcase(pod.runtime_class, name) for name in self.config.sandboxed_runtimes)
+            if sandboxed and not record.actual.enrolled:
+                raise PodSpecError(
+                    f"pod {pod.full_name} has runtime class {pod.runtime_class}: its network is inside its sandbox, "
+                    "where neither rules nor ztunnel's listeners reach it",
+                    "label it istio.io/dataplane-mode=none, or see AMBIENT_SANDBOXED_RUNTIMES",
+                )
+            derived = derive_ambient(pod.annotations, self.config.defaults)
+        except PodSpecError as error:
+            if record.parameters is None:
+                known = record.parameters_error
+                if known is None or known.message != error.message:
+                    record.parameters_error = error
+            else:
+                log.warning("%s; the pod keeps its rules", error, extra=labels(pod=record.name))
+            return
+        record.parameters_error = None
+        if derived.parameters != record.parameters:
+            for warning in derived.warnings:
+                log.warning("%s", warning, extra=labels(pod=record.name))
+            record.parameters = derived.parameters
+            record.wanted_rules = digest(pod_ruleset(derived.parameters, self.config.families, self._backend))
+
+    # --- ztunnel ------------------------------------------------------------------------------------------------------
+
+    def _snapshot(self) -> Iterator[Workload]:
+        """Every pod that ztunnel should have; one without a known netns keeps what ztunnel has for it."""
+        for record in self.records:
+            if record.actual.announced and record.life is not Life.ENDED and not record.undoing:
+                yield workload(record)
+
+    def _ztunnel_changed(self) -> None:
+        self.records.wake_all()
+
+    # --- book-keeping -------------------------------------------------------------------------------------------------
+
+    def _became_desired(self, record: PodRecord) -> None:
+        if not record.actual.enrolled or record.source == "add" or not record.milliseconds:
+            return  # an ADD has a line of its own; what was found in order needs none
+        phases = {f"{name}_ms": value for name, value in record.milliseconds.items()}
+        record.milliseconds.clear()
+        if Step.ADD.value + "_ms" in phases or Step.ENABLE.value + "_ms" in phases:
+            log.info("enrolled", extra=labels(pod=record.name, source=record.source, **phases))
+
+    def _left(self, record: PodRecord) -> None:
+        log.info("left the mesh", extra=labels(pod=record.name, uid=record.uid))
+
+    def measure(self) -> None:
+        """Set the gauges."""
+        states = [self.state(record) for record in self.records]
+        for state in STATES:
+            self._metrics.set(m.AMBIENT_PODS, states.count(state), state=state)
+        self._metrics.set(m.AMBIENT_NOT_DESIRED, sum(not self.records.is_desired(record) for record in self.records))
+        self._metrics.set(m.AMBIENT_SET_ENTRIES, len(self.host.owners))
+
+    def state(self, record: PodRecord) -> str:
+        """One of STATES."""
+        if record.intent is Intent.LEAVE or record.life is Life.ENDED:
+            return "leaving"
+        if record.parameters_error is not None:
+            return "unknown"
+        return "enrolled" if record.actual.enrolled and self.records.is_desired(record) else "pending"
+
+    def status(self) -> dict[str, Any]:
+        """What `install-cni status` shows."""
+        return {
+            "ztunnel": [asdict(connection) for connection in self.ztunnel.connections()],
+            "hostRules": self.host.trouble or "in place",
+            "setEntries": len(self.host.owners),
+            "pods": [self._pod_status(record) for record in sorted(self.records, key=lambda record: record.name)],
+        }
+
+    def _pod_status(self, record: PodRecord) -> Mapping[str, Any]:
+        actual = self.records.actual(record)
+        netns = record.netns
+        return {
+            "pod": record.name,
+            "uid": record.uid,
+            "state": self.state(record),
+            "annotation": actual.annotation.value,
+            "netnsInode": netns.id.inode if netns else None,
+            "rules": actual.rules,
+            "wantedRules": record.wanted_rules,
+            "ztunnelAcked": actual.acked is not None and netns is not None and actual.acked == netns.id,
+            "addresses": sorted(map(str, record.addresses)),
+            "inSet": sorted(map(str, actual.addresses)),
+            "source": record.source,
+            "attempts": record.attempts,
+            "lastError": str(record.parameters_error or record.error or ""),
+            "lastMended": "; ".join(record.healed),
+        }
+
+
+def _meter(metrics: Metrics) -> Meter:
+    return Meter(
+        connected=lambda count: metrics.set(m.ZTUNNEL_CONNECTED, count),
+        message=lambda kind, result: metrics.count(m.ZDS_MESSAGES, type=kind, result=result),
+        latency=lambda _kind, seconds: metrics.observe(m.ZDS_ACK, seconds),
+        closed=lambda cause: metrics.count(m.ZDS_CLOSED, cause=cause),
+        refused=lambda cause: metrics.count(m.REFUSED, socket="ztunnel", cause=cause),
+    )
+
+
+STATES = ("enrolled", "pending", "leaving", "unknown")
+EVENT_TYPES = {"added": "add", "modified": "update", "deleted": "delete"}

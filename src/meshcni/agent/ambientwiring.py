@@ -1,0 +1,106 @@
+"""From `Settings` to ambient mode, whose modules an agent for sidecars alone never loads."""
+
+from __future__ import annotations
+
+import logging
+import os
+from ipaddress import IPv4Address, IPv6Address
+
+from meshcni.agent.ambient import Ambient, AmbientConfig
+from meshcni.agent.hostside import HostConfig, HostSide
+from meshcni.agent.metrics import Metrics
+from meshcni.agent.netnssearch import NetnsSearch
+from meshcni.agent.programming import Programmer
+from meshcni.agent.settingkinds import HOST_IP, HostIp
+from meshcni.agent.settings import Settings
+from meshcni.agent.steps import PatchesRedirection, Warn
+from meshcni.agent.wiring import policy
+from meshcni.errors import SettingError
+from meshcni.host.hostpaths import ProcRoot, find_proc_root, host_netns_path
+from meshcni.host.netns import call_in_netns, open_netns
+from meshcni.host.nodeaddress import node_address
+from meshcni.host.podnetns import NetnsFinder
+from meshcni.kube.informer import Informer
+from meshcni.pods.ambient import DEFAULT_PROBE_V6, AmbientParameters
+from meshcni.pods.model import Namespace, Pod
+from meshcni.rules.model import Family
+
+log = logging.getLogger(__name__)
+
+
+def make_ambient(
+    settings: Settings,
+    pods: Informer[Pod],
+    namespaces: Informer[Namespace],
+    programmer: Programmer,
+    api: PatchesRedirection,
+    warn: Warn,
+    metrics: Metrics,
+) -> Ambient:
+    """Ambient mode of this node. Raises SettingError when the node's own address is asked for and there is none."""
+    families = frozenset(Family) if settings.ambient_ipv6 else frozenset({Family.V4})
+    proc = ProcRoot(settings.host_proc_dir) if settings.host_proc_dir else find_proc_root()
+    if proc.warning:
+        log.warning("%s", proc.warning)
+    netns_path = host_netns_path(proc.path, settings.allow_switch_to_host_ns)
+    defaults = AmbientParameters(
+        dns_capture=settings.ambient_dns_capture,
+        probe_v4=_probe_v4(settings.host_probe_snat_ip, netns_path),
+        probe_v6=_probe_v6(settings.host_probe_snat_ipv6, netns_path),
+    )
+    host = HostConfig(
+        backend=programmer.config.backend,
+        families=families,
+        probe_v4=defaults.probe_v4,
+        probe_v6=defaults.probe_v6,
+        netns_path=netns_path,
+        proc_root=proc.path,
+        forced_variant=settings.force_iptables_binary,
+        kubelet_uid=settings.kubelet_uid,
+        branch_eni=settings.ambient_enable_aws_branch_eni_probe,
+    )
+    config = AmbientConfig(
+        policy=policy(settings),
+        defaults=defaults,
+        families=families,
+        verify_seconds=settings.ambient_verify_seconds,
+        ztunnel_wait_seconds=settings.ambient_ztunnel_wait_seconds,
+        sandboxed_runtimes=settings.ambient_sandboxed_runtimes,
+    )
+    return Ambient(
+        config,
+        pods=pods,
+        namespaces=namespaces,
+        programmer=programmer,
+        search=NetnsSearch(NetnsFinder(proc.path).find),
+        host=HostSide(host, programmer.variant),
+        api=api,
+        warn=warn,
+        metrics=metrics,
+    )
+
+
+def _probe_v4(setting: IPv4Address | HostIp, netns_path: str) -> IPv4Address:
+    """The address itself, or the node's own."""
+    if setting is not HOST_IP:
+        return setting
+    found = _node_address(Family.V4, netns_path)
+    if not isinstance(found, IPv4Address):
+        raise SettingError("HOST_PROBE_SNAT_IP=hostIP, and the node has no IPv4 address", "name an address instead")
+    return found
+
+
+def _probe_v6(setting: IPv6Address | HostIp, netns_path: str) -> IPv6Address:
+    """The address itself, or the node's own; a node without IPv6 has no IPv6 probes either."""
+    if setting is not HOST_IP:
+        return setting
+    found = _node_address(Family.V6, netns_path)
+    return found if isinstance(found, IPv6Address) else DEFAULT_PROBE_V6
+
+
+def _node_address(family: Family, netns_path: str) -> IPv4Address | IPv6Address | None:
+    netns = open_netns(netns_path)
+    try:
+        return call_in_netns(netns, lambda: node_address(family))
+    finally:
+        os.close(netns)

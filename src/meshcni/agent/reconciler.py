@@ -1,0 +1,287 @@
+"""One worker for each pod that is not as it should be: it performs the next step of the table until none is needed.
+
+Whoever learns something (an ADD, the informer, ztunnel connecting, the verification) changes the record and wakes its
+worker. Workers of different pods do not wait for each other; the steps of one pod never overlap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Protocol
+
+from meshcni.agent.podrecord import PodRecord
+from meshcni.errors import CNI_TRY_AGAIN_LATER, MeshCniError
+from meshcni.pods.enrollment import (
+    Actual,
+    Annotation,
+    Intent,
+    Life,
+    NetnsId,
+    Row,
+    Step,
+    after,
+    begun,
+    is_desired,
+    next_row,
+    undoes,
+)
+
+log = logging.getLogger(__name__)
+
+FIRST_DELAY_SECONDS = 0.1
+MAX_DELAY_SECONDS = 10.0
+
+
+class EnrollmentError(MeshCniError):
+    """A pod cannot be enrolled now; the message names the step."""
+
+    cni_code = CNI_TRY_AGAIN_LATER
+
+
+class Link(Protocol):
+    """What is needed of the link to ztunnel."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the newest connection has its whole snapshot."""
+
+    def acked(self, uid: str) -> int | None:
+        """The inode of the netns for which the newest connection has acknowledged the pod."""
+
+
+class Effects(Protocol):
+    """Performs steps; agent.steps has the real ones."""
+
+    async def perform(self, step: Step, record: PodRecord) -> None:
+        """Do `step` for the pod. Raises MeshCniError; then it may have happened in part."""
+
+    async def failed(self, step: Step, record: PodRecord, error: MeshCniError) -> None:
+        """Tell people that a step failed, the first time and when the reason changes."""
+
+    def count(self, step: Step, result: str, seconds: float) -> None:
+        """Count a step."""
+
+
+class Reconciler:
+    """The records by pod UID and their workers.
+
+    `on_desired` hears of a pod that has become as it should be, `on_left` of a record that is gone for good.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        effects: Effects,
+        *,
+        on_desired: Callable[[PodRecord], None] = lambda record: None,
+        on_left: Callable[[PodRecord], None] = lambda record: None,
+    ) -> None:
+        self._link = link
+        self._effects = effects
+        self._on_desired = on_desired
+        self._on_left = on_left
+        self._records: dict[str, PodRecord] = {}
+        self._workers: dict[str, asyncio.Task[None]] = {}
+        self._retries: dict[str, asyncio.TimerHandle] = {}
+        self._chance = random.Random()
+        self.paused = True  # until what earlier agents left has been looked at; ADDs are served nevertheless
+
+    def __iter__(self) -> Iterator[PodRecord]:
+        return iter(tuple(self._records.values()))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, uid: str) -> PodRecord | None:
+        """The record of a pod."""
+        return self._records.get(uid)
+
+    def put(self, record: PodRecord) -> None:
+        """Take a new record in."""
+        self._records[record.uid] = record
+
+    def wake(self, record: PodRecord) -> None:
+        """Look at the record now, whatever delay it has."""
+        if self.paused and record.waiter is None:
+            return
+        timer = self._retries.pop(record.uid, None)
+        if timer is not None:
+            timer.cancel()
+        if record.uid not in self._workers:
+            task = asyncio.get_running_loop().create_task(self._work(record), name=f"pod-{record.uid}")
+            self._workers[record.uid] = task
+
+    def wake_all(self) -> None:
+        """Look at every record that is not as it should be."""
+        for record in self:
+            if not self.is_desired(record):
+                self.wake(record)
+
+    def resume(self) -> None:
+        """Begin to work on everything."""
+        self.paused = False
+        self.wake_all()
+
+    def actual(self, record: PodRecord) -> Actual:
+        """What is known to be there, ztunnel's side included."""
+        inode = self._link.acked(record.uid)
+        netns = record.netns
+        acked = None
+        if inode is not None:
+            acked = netns.id if netns is not None and netns.id.inode == inode else NetnsId(0, inode)
+        return replace(record.actual, acked=acked)
+
+    def is_desired(self, record: PodRecord) -> bool:
+        """Whether the pod is as it should be."""
+        if record.parameters_error is not None and record.intent is Intent.ENROLL:
+            return False
+        return not record.undoing and is_desired(record.desired, self.actual(record), settled=self._link.settled)
+
+    async def close(self) -> None:
+        """End all workers; what they have begun in a netns runs to its end."""
+        self.paused = True
+        for timer in self._retries.values():
+            timer.cancel()
+        workers = tuple(self._workers.values())
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        for record in self:
+            record.drop_netns()
+
+    # --- the worker ---------------------------------------------------------------------------------------------------
+
+    async def _work(self, record: PodRecord) -> None:
+        try:
+            await self._pass(record)
+        except Exception as error:  # a fault of ours must not leave the pod without a worker
+            log.exception("reconciling %s failed unexpectedly", record.name)
+            record.error = EnrollmentError(f"{type(error).__name__}: {error}", "see the agent's log")
+            record.attempts += 1
+            _answer(record, record.error)
+        finally:
+            self._workers.pop(record.uid, None)
+        self._settle(record)
+
+    async def _pass(self, record: PodRecord) -> None:
+        """Perform steps until none is needed or all that are needed have failed."""
+        record.failed.clear()
+        while True:
+            if record.parameters_error is not None and record.intent is Intent.ENROLL and not record.undoing:
+                await self._refuse_parameters(record, record.parameters_error)
+                return
+            row = next_row(
+                record.desired,
+                self.actual(record),
+                undoing=record.undoing,
+                failed=record.failed,
+                settled=self._link.settled,
+            )
+            if row is None and record.undoing:
+                await self._undone(record)
+                return
+            if row is None:
+                return
+            await self._step(record, row)
+            if record.actual.enrolled and record.life is Life.STARTING:
+                record.life = Life.RUNNING
+                _answer(record, None)
+
+    async def _refuse_parameters(self, record: PodRecord, error: MeshCniError) -> None:
+        """An annotation that makes no rules: a new pod is refused, an enrolled one keeps the rules it has."""
+        if record.error is not error:
+            record.error = error
+            await self._effects.failed(Step.RULES, record, error)
+        _answer(record, error)
+
+    async def _step(self, record: PodRecord, row: Row) -> None:
+        step, generation, desired = row.step, record.generation, record.desired
+        record.actual = begun(step, record.actual)
+        begin = time.monotonic()
+        try:
+            await self._effects.perform(step, record)
+        except MeshCniError as error:
+            self._effects.count(step, "failed", time.monotonic() - begin)
+            if record.generation == generation:
+                await self._failed(record, row, error)
+            return
+        seconds = time.monotonic() - begin
+        self._effects.count(step, "ok", seconds)
+        if record.generation != generation and step not in (Step.FIND_NETNS, Step.ENABLE, Step.PEND, Step.WITHDRAW):
+            return  # done in a sandbox that is not the pod's any more
+        record.milliseconds[step.value] = round(seconds * 1000, 2)
+        record.actual = after(step, desired, self.actual(record))
+
+    async def _failed(self, record: PodRecord, row: Row, error: MeshCniError) -> None:
+        is_new = record.error is None or record.error.message != error.message
+        record.error = error
+        if is_new:
+            await self._effects.failed(row.step, record, error)
+        if record.undoing or not undoes(row, record.actual):
+            record.failed.add(row.step)
+        else:
+            record.undoing = True
+
+    async def _undone(self, record: PodRecord) -> None:
+        """All that could be taken back is; who waits is refused, and people see that the pod is on its way."""
+        cause = record.error or EnrollmentError("enrolment failed")
+        record.undoing = bool(record.failed)
+        if record.life is Life.STARTING:
+            record.life = Life.RUNNING
+            record.generation += 1
+            record.drop_netns()  # the runtime gives this sandbox up
+        _answer(record, cause)
+        if record.in_api and record.actual.annotation is Annotation.ABSENT and record.intent is Intent.ENROLL:
+            try:
+                await self._effects.perform(Step.PEND, record)
+                record.actual = after(Step.PEND, record.desired, record.actual)
+            except MeshCniError as error:
+                log.debug("pod %s was not marked as pending: %s", record.name, error)
+        record.failed.add(Step.ADD)  # this pass has failed as a whole
+
+    def _settle(self, record: PodRecord) -> None:
+        """Decide what comes after a pass: nothing, the end of the record, or another pass later."""
+        if self.is_desired(record):
+            if record.intent is Intent.LEAVE or record.life is Life.ENDED:
+                self._forget(record)
+                return
+            if record.actual.enrolled:  # else it waits for a sandbox, and why the last one failed is worth knowing
+                record.error, record.attempts = None, 0
+            if record.desired_since is None:
+                record.desired_since = time.monotonic()
+                self._on_desired(record)
+            return
+        record.desired_since = None
+        if not record.failed and record.error is None:
+            self.wake(record)  # something changed while the last step ended
+            return
+        record.attempts += 1
+        self._retry_later(record)
+
+    def _retry_later(self, record: PodRecord) -> None:
+        grown = FIRST_DELAY_SECONDS * 2.0 ** min(record.attempts - 1, 16)
+        delay = min(grown, MAX_DELAY_SECONDS) * self._chance.uniform(0.5, 1.0)
+        self._retries[record.uid] = asyncio.get_running_loop().call_later(delay, self.wake, record)
+
+    def _forget(self, record: PodRecord) -> None:
+        if self._records.get(record.uid) is record:
+            del self._records[record.uid]
+        record.drop_netns()
+        _answer(record, EnrollmentError(f"pod {record.name} left the mesh while it started"))
+        self._on_left(record)
+
+
+def _answer(record: PodRecord, error: MeshCniError | None) -> None:
+    """Tell the ADD how it ended, once."""
+    waiter, record.waiter = record.waiter, None
+    if waiter is None or waiter.done():
+        return
+    if error is None:
+        waiter.set_result(None)
+    else:
+        waiter.set_exception(error)

@@ -1,0 +1,236 @@
+"""The steps of a pod's enrolment, performed: in its netns, on the host, at ztunnel, at the API server."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+from meshcni.agent import metrics as m
+from meshcni.agent.hostside import HostSide
+from meshcni.agent.logs import labels
+from meshcni.agent.metrics import Metrics
+from meshcni.agent.netnssearch import NetnsNotFoundError, NetnsSearch
+from meshcni.agent.podrecord import Netns, PodRecord
+from meshcni.agent.programming import Programmer
+from meshcni.agent.ztunnel import Workload, ZtunnelServer
+from meshcni.errors import KubeError, MeshCniError, NetnsError
+from meshcni.host import ambient
+from meshcni.host.backends.detection import VariantChoice
+from meshcni.pods.ambient import AmbientParameters
+from meshcni.pods.enrollment import Annotation, Intent, Step, after, in_new_sandbox
+from meshcni.pods.model import Pod
+from meshcni.rules.model import Family
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+MAX_LOGGED_CHARACTERS = 200  # of a message, so that a line stays below 400 bytes
+FAILED = "AmbientEnrollmentFailed"  # reasons of Events
+HEALED = "AmbientRedirectionHealed"
+
+Warn = Callable[[Pod, str, str], Awaitable[None]]
+
+
+class PatchesRedirection(Protocol):
+    """What is needed of the API client."""
+
+    async def patch_redirection(self, namespace: str, name: str, uid: str, value: str | None) -> Pod:
+        """Set or (None) remove the annotation; returns the new object."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepParts:
+    """What the steps work with."""
+
+    programmer: Programmer
+    search: NetnsSearch
+    ztunnel: ZtunnelServer
+    host: HostSide
+    api: PatchesRedirection
+    warn: Warn
+    metrics: Metrics
+    families: frozenset[Family]
+    ztunnel_wait_seconds: float
+
+
+class Steps:
+    """See reconciler.Effects. `others` gives the records, to keep two pods from one netns."""
+
+    def __init__(self, parts: StepParts, others: Callable[[], list[PodRecord]]) -> None:
+        self._parts = parts
+        self._others = others
+        self._work: Mapping[Step, Callable[[PodRecord], Awaitable[None]]] = {
+            Step.FIND_NETNS: self._find_netns,
+            Step.ROUTES: self._put_routes,
+            Step.ADD: self._add,
+            Step.RULES: self._put_rules,
+            Step.ADDRESSES: self._put_addresses,
+            Step.ENABLE: lambda record: self._annotate(record, Annotation.ENABLED),
+            Step.PEND: lambda record: self._annotate(record, Annotation.PENDING),
+            Step.REMOVE_RULES: self._remove_rules,
+            Step.WITHDRAW: lambda record: self._annotate(record, Annotation.ABSENT),
+            Step.DEL: lambda record: self._parts.ztunnel.delete(record.uid),
+            Step.REMOVE_ADDRESSES: lambda record: self._parts.host.remove(record.uid),
+        }
+
+    async def perform(self, step: Step, record: PodRecord) -> None:
+        """Do one step. Raises MeshCniError."""
+        await self._work[step](record)
+
+    async def failed(self, step: Step, record: PodRecord, error: MeshCniError) -> None:
+        """Say it in the log and on the pod."""
+        self._parts.metrics.count(m.ERRORS, error=type(error).__name__)
+        if record.waiter is None:  # an ADD has a line of its own
+            log.warning(
+                "%s",
+                str(error)[:MAX_LOGGED_CHARACTERS],
+                extra=labels(pod=record.name, step=step.value, attempt=record.attempts + 1),
+            )
+            await self._parts.warn(record.pod, FAILED, f"step {step.value}: {error}")
+
+    def count(self, step: Step, result: str, seconds: float) -> None:
+        """Count a step."""
+        self._parts.metrics.count(m.AMBIENT_STEPS, step=step.value, result=result)
+        self._parts.metrics.observe(m.AMBIENT_STEP_DURATION, seconds, step=step.value)
+
+    # --- the netns ----------------------------------------------------------------------------------------------------
+
+    async def _find_netns(self, record: PodRecord) -> None:
+        try:
+            netns = await self._parts.search.find(record)
+        except NetnsNotFoundError as error:
+            if record.intent is not Intent.LEAVE or error.code != "not-found":
+                raise
+            record.actual = replace(record.actual, touched=False)  # nothing runs, so there is nothing to clean
+            return
+        await self.settle_in(record, netns)
+
+    async def settle_in(self, record: PodRecord, netns: Netns) -> None:
+        """Make `netns` the pod's. Of two pods with one netns the later one has it; ztunnel must never see both."""
+        for other in self._others():
+            if other is not record and other.netns is not None and other.netns.id == netns.id:
+                log.error("pods %s and %s have one netns; it is the latter's", other.name, record.name)
+                leave_sandbox(other, by_add=False)
+                if other.actual.announced:
+                    await self._parts.ztunnel.delete(other.uid)
+                    other.actual = after(Step.DEL, other.desired, other.actual)
+        record.drop_netns()
+        record.netns = netns
+
+    async def _put_routes(self, record: PodRecord) -> None:
+        await self._in_netns(record, lambda _choice: ambient.prepare_routes(self._parts.families))
+
+    async def _put_rules(self, record: PodRecord) -> None:
+        if record.parameters is None:
+            raise NetnsError(f"pod {record.name} has no parameters to make rules of")
+        healing = record.actual.enrolled
+        drift = await self._in_netns(record, self._programming(record, record.parameters, healing))
+        if healing and drift:
+            await self.say_healed(record, "rules", drift)
+
+    def _programming(
+        self, record: PodRecord, parameters: AmbientParameters, healing: bool
+    ) -> Callable[[VariantChoice | None], tuple[str, ...]]:
+        """What runs in the netns: a pod that is enrolled is looked at first, so that it can be told what was wrong."""
+        config, families = self._parts.programmer.config, self._parts.families
+        expected = tuple(record.addresses)
+
+        def work(choice: VariantChoice | None) -> tuple[str, ...]:
+            drift: tuple[str, ...] = ()
+            if healing:
+                drift = ambient.verify_pod(parameters, families, config.backend, choice=choice)
+                if not drift:
+                    return ()
+            ambient.apply_pod(
+                parameters,
+                families,
+                config.backend,
+                force_iptables=config.forced_variant,
+                choice=choice,
+                expected_addresses=expected,
+                keep_on_failure=healing,
+            )
+            return drift
+
+        return work
+
+    async def verify_rules(self, record: PodRecord) -> tuple[str, ...]:
+        """How the pod's netns differs from what it should hold, in words. Raises MeshCniError."""
+        parameters, config, families = record.parameters, self._parts.programmer.config, self._parts.families
+        if parameters is None:
+            return ()
+        return await self._in_netns(
+            record, lambda choice: ambient.verify_pod(parameters, families, config.backend, choice=choice)
+        )
+
+    async def _remove_rules(self, record: PodRecord) -> None:
+        await self._in_netns(record, lambda _choice: ambient.remove_pod())
+
+    async def _in_netns(self, record: PodRecord, work: Callable[[VariantChoice | None], T]) -> T:
+        if record.netns is None:
+            raise NetnsError(f"the network namespace of pod {record.name} is not known")
+        return await self._parts.programmer.run(record.netns.descriptor, work, urgent=record.waiter is not None)
+
+    async def say_healed(self, record: PodRecord, what: str, drift: tuple[str, ...]) -> None:
+        """Tell that a running pod was not as it should be, and what was mended."""
+        record.healed = drift
+        self._parts.metrics.count(m.AMBIENT_DRIFT, what=what)
+        words = "; ".join(drift)
+        log.warning("mended: %s", words[:MAX_LOGGED_CHARACTERS], extra=labels(pod=record.name, what=what))
+        await self._parts.warn(record.pod, HEALED, f"its redirection was not as it should be and was mended: {words}")
+
+    # --- elsewhere ----------------------------------------------------------------------------------------------------
+
+    async def _add(self, record: PodRecord) -> None:
+        ztunnel = self._parts.ztunnel
+        if record.waiter is not None:
+            await ztunnel.wait_connected(self._parts.ztunnel_wait_seconds)
+        await ztunnel.add(workload(record))
+
+    async def _put_addresses(self, record: PodRecord) -> None:
+        await self._parts.host.put(record.uid, record.addresses)
+
+    async def _annotate(self, record: PodRecord, annotation: Annotation) -> None:
+        pod = record.pod
+        try:
+            patched = await self._parts.api.patch_redirection(
+                pod.namespace, pod.name, pod.uid, annotation.value or None
+            )
+        except KubeError as error:
+            if not is_gone(error):
+                raise
+            record.in_api = False  # until the informer shows it again
+            return
+        record.annotated_at = version_of(patched)
+
+
+def is_gone(error: KubeError) -> bool:
+    """Whether an answer says that the pod is no more, or that another one has its name now."""
+    return error.status == 404 or (error.status == 409 and "uid" in str(error).lower())
+
+
+def leave_sandbox(record: PodRecord, *, by_add: bool) -> None:
+    """Forget the netns and what was known to be in it."""
+    record.drop_netns()
+    record.generation += 1
+    record.actual = in_new_sandbox(record.actual, by_add=by_add)
+
+
+def workload(record: PodRecord) -> Workload:
+    """The pod as ztunnel is told of it."""
+    pod, netns = record.pod, record.netns
+    return Workload(
+        uid=record.uid,
+        name=pod.name,
+        namespace=pod.namespace,
+        service_account=pod.service_account,
+        netns=netns.descriptor if netns else None,
+        inode=netns.id.inode if netns else 0,
+    )
+
+
+def version_of(pod: Pod) -> int:
+    """The object's version as a number, 0 where it is none (resource versions are comparable since Kubernetes 1.35)."""
+    return int(pod.resource_version) if pod.resource_version.isdecimal() else 0

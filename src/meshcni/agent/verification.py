@@ -1,0 +1,142 @@
+"""Looking after what is in place: the host's rules and set, and each enrolled pod's netns, rules and listeners.
+
+A round is spread over the interval, so that it is never felt; what is found wrong is mended by the pod's own worker,
+which then tells what was wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+from meshcni.agent import metrics as m
+from meshcni.agent.hostside import HostSide
+from meshcni.agent.metrics import Metrics
+from meshcni.agent.netnssearch import NetnsSearch
+from meshcni.agent.podrecord import PodRecord
+from meshcni.agent.reconciler import Reconciler
+from meshcni.agent.steps import Steps, leave_sandbox
+from meshcni.errors import MeshCniError
+from meshcni.pods.enrollment import Life
+
+log = logging.getLogger(__name__)
+
+SPREAD = 0.5  # the part of an interval over which a round is spread
+JITTER = 0.2  # of the interval
+UNKNOWN_SECONDS = 60.0  # after which a pod that the informer never showed counts as deleted
+
+
+class Verification:
+    """Rounds for ever; `hurry` begins one now, `look_at` looks at one pod now."""
+
+    def __init__(
+        self,
+        records: Reconciler,
+        steps: Steps,
+        search: NetnsSearch,
+        host: HostSide,
+        metrics: Metrics,
+        seconds: float,
+        *,
+        known_uids: Callable[[], Collection[str]],
+    ) -> None:
+        self._records = records
+        self._steps = steps
+        self._search = search
+        self._host = host
+        self._metrics = metrics
+        self._seconds = seconds
+        self._known_uids = known_uids
+        self._hurry = asyncio.Event()
+        self._suspects: set[str] = set()
+
+    def hurry(self) -> None:
+        """Look at everything now."""
+        self._hurry.set()
+
+    def look_at(self, record: PodRecord) -> None:
+        """Look for the pod's netns now."""
+        self._suspects.add(record.uid)
+        self._hurry.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            pause = self._seconds * random.uniform(1 - JITTER, 1) - self._seconds * SPREAD
+            try:
+                async with asyncio.timeout(max(pause, 0.1)):
+                    await self._hurry.wait()
+            except TimeoutError:
+                pass
+            hurried = self._hurry.is_set()
+            self._hurry.clear()
+            suspects, self._suspects = self._suspects, set()
+            try:
+                if hurried and suspects:
+                    await self._check_netns([record for record in self._records if record.uid in suspects])
+                else:
+                    await self.round(0.0 if hurried else self._seconds * SPREAD)
+            except Exception:  # the next round may do better
+                log.exception("a round of verification failed")
+
+    async def round(self, spread_seconds: float) -> None:
+        """Look at everything once, the pods spread over `spread_seconds`."""
+        begin = time.monotonic()
+        await self._check_host()
+        known = self._known_uids()
+        for record in self._records:
+            if record.uid not in known and time.monotonic() - record.started_at > UNKNOWN_SECONDS:
+                record.life, record.in_api = Life.ENDED, False
+        running = [record for record in self._records if record.life is Life.RUNNING]
+        await self._check_netns([record for record in running if record.addresses])
+        for record in running:
+            await asyncio.sleep(spread_seconds / len(running))
+            await self._check_rules(record)
+        self._records.wake_all()  # ztunnel's side and the addresses are compared there
+        self._metrics.observe(m.AMBIENT_VERIFICATION, time.monotonic() - begin)
+
+    async def _check_host(self) -> None:
+        try:
+            drift = await self._host.verify()
+        except (MeshCniError, OSError) as error:
+            log.error("the host's probe rules cannot be looked at: %s", error)
+            return
+        if drift:
+            self._metrics.count(m.AMBIENT_DRIFT, what="host-rules")
+            log.warning("mended on the host: %s", "; ".join(drift)[:400])
+
+    async def _check_netns(self, records: list[PodRecord]) -> None:
+        """A pod whose processes are in another netns than the one we know got a sandbox that nobody told us of."""
+        before = {record.uid: record.generation for record in records}
+        for uid, netns in (await self._search.find_all(records)).items():
+            record = self._records.get(uid)
+            unchanged = record is not None and record.generation == before[uid] and record.life is Life.RUNNING
+            if record is None or not unchanged or (record.netns is not None and record.netns.id == netns.id):
+                netns.close()
+                continue
+            known = record.netns
+            if known is None:
+                await self._steps.settle_in(record, netns)
+            else:
+                said = f"its sandbox was made anew without us (netns inode {known.id.inode}, now {netns.id.inode})"
+                leave_sandbox(record, by_add=False)
+                await self._steps.settle_in(record, netns)
+                await self._steps.say_healed(record, "netns", (said,))
+            self._records.wake(record)
+
+    async def _check_rules(self, record: PodRecord) -> None:
+        if not record.actual.enrolled or not record.actual.rules or record.netns is None:
+            return  # its worker is at it
+        generation, looked_for = record.generation, record.actual.rules
+        try:
+            drift = await self._steps.verify_rules(record)
+        except MeshCniError as error:
+            log.debug("the rules of %s cannot be looked at: %s", record.name, error)
+            return
+        if drift and record.generation == generation and record.actual.rules == looked_for:
+            record.actual = replace(record.actual, rules="")
+            self._records.wake(record)
