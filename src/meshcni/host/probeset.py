@@ -230,7 +230,7 @@ class NftProbeSet:
         except ApplyError as error:
             if _is_absence(error):
                 return ()
-            raise
+            raise _nft_failure(f"list the {what.split()[0]}", error) from None
 
     def _change(self, what: str, commands: str) -> None:
         if not commands:
@@ -240,8 +240,7 @@ class NftProbeSet:
         except NftUnavailableError:
             raise
         except ApplyError as error:
-            kind = _NoSuchSetError if _is_absence(error) else ApplyError
-            raise kind(f"cannot {what} of nft table inet {NFT_TABLE}: {error.message}", _nft_hint(error)) from None
+            raise _nft_failure(what, error) from None
 
     def _nft(self) -> Nft:
         return self._nft_here or Nft()
@@ -383,7 +382,11 @@ def _is_absence(error: ApplyError) -> bool:
     return "No such file or directory" in error.message
 
 
-def _nft_hint(error: ApplyError) -> str:
-    if "File exists" in error.message:
-        return f"somebody else made a set of another type: nft list table inet {NFT_TABLE}"
-    return "" if "refused the rules" in error.message else error.hint
+def _nft_failure(what: str, error: ApplyError) -> ApplyError:
+    """Say what could not be done and nft's first reason, without the command that nft repeats below it."""
+    kind = _NoSuchSetError if _is_absence(error) else ApplyError
+    reason = error.message.splitlines()[0].removeprefix("nft refused the rules: ")
+    hint = f"somebody else may have changed it: nft list table inet {NFT_TABLE}"
+    if "Operation not permitted" in reason:
+        hint = _HINTS[EPERM]
+    return kind(f"cannot {what} of nft table inet {NFT_TABLE}: {reason}", hint)

@@ -1,0 +1,148 @@
+"""Sets in the host's nft table: what nft prints of ours, what others may have put in, rules beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tests.kernel.probeworld import BOTH, ONE, OTHER_UID, SIX, TWO, UID, Host
+from tests.kernel.world import Netns, nft_list
+
+from meshcni import istio
+from meshcni.errors import ApplyError
+from meshcni.host.backends.libnftables import Nft
+from meshcni.host.probeset import NFT_TABLE, NftProbeSet
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    made = Host(Netns(), "nft")
+    yield made
+    made.netns.close()
+
+
+RULE = f"add rule inet {NFT_TABLE} postrouting ip daddr @{istio.PROBE_SET_V4} counter snat to 169.254.7.127"
+CHAIN = f"add chain inet {NFT_TABLE} postrouting {{ type nat hook postrouting priority 100 ; }}"
+
+
+def test_what_nft_prints(host: Host) -> None:
+    sets = host.sets()
+    sets.ensure()
+    sets.put({ONE: UID, SIX: OTHER_UID})
+    assert nft_list(host.netns) == (
+        "table inet istio-ambient-nat {\n"
+        "\tset istio-inpod-probes-v4 {\n"
+        "\t\ttype ipv4_addr\n"
+        f'\t\telements = {{ 10.77.0.2 comment "{UID}" }}\n'
+        "\t}\n\n"
+        "\tset istio-inpod-probes-v6 {\n"
+        "\t\ttype ipv6_addr\n"
+        f'\t\telements = {{ fd00:77::2 comment "{OTHER_UID}" }}\n'
+        "\t}\n"
+        "}\n"
+    )
+
+
+def test_sets_and_entries_of_others(host: Host) -> None:
+    name = istio.PROBE_SET_V4
+    host.nft(
+        f"add table inet {NFT_TABLE}\n"
+        f'add set inet {NFT_TABLE} {name} {{ type ipv4_addr ; comment "elements = {{ 1.2.3.4 }}" ; }}\n'
+        f'add element inet {NFT_TABLE} {name} {{ 10.77.0.2 comment "it\'s, a {{b}} = c\nover two lines ключ" }}\n'
+        f"add element inet {NFT_TABLE} {name} {{ 10.77.0.3 }}"
+    )
+    sets = host.sets()
+    sets.ensure()
+    assert sets.entries() == {ONE: "it's, a {b} = c\nover two lines ключ", TWO: ""}
+    sets.put({TWO: UID})
+    sets.delete([ONE])
+    assert sets.entries() == {TWO: UID}
+
+
+def test_a_comment_of_somebody_else_that_is_no_text(host: Host) -> None:
+    sets = host.sets()
+    sets.put({ONE: UID})
+    comment = "$(printf '\\377')"
+    command = f'add element inet {NFT_TABLE} {istio.PROBE_SET_V4} {{ 10.77.0.3 comment \\"{comment}\\" }}'
+    host.netns.shell("sh", "-c", f'printf "%s\\n" "{command}" | nft -f -')
+    assert sets.entries() == {ONE: UID, TWO: "\\xff"}
+
+
+def test_the_host_s_rules_stay(host: Host) -> None:
+    sets = host.sets()
+    sets.ensure()
+    host.nft(CHAIN + "\n" + RULE)
+    sets.put({ONE: UID, TWO: UID, SIX: UID})
+    sets.put({ONE: OTHER_UID})
+    sets.delete([TWO])
+    sets.ensure()
+    listing = nft_list(host.netns)
+    assert "ip daddr @istio-inpod-probes-v4 counter" in listing
+    assert sets.entries() == {ONE: OTHER_UID, SIX: UID}
+    with pytest.raises(ApplyError) as caught:
+        sets.destroy()
+    assert caught.value.message == "the sets of nft table inet istio-ambient-nat are in use by chain postrouting"
+    assert nft_list(host.netns) == listing
+
+
+def test_sets_go_and_what_others_have_in_the_table_stays(host: Host) -> None:
+    sets = host.sets()
+    sets.put({ONE: UID, SIX: UID})
+    host.nft(CHAIN + f"\nadd set inet {NFT_TABLE} more {{ type ipv4_addr ; }}")
+    sets.destroy()
+    listing = nft_list(host.netns)
+    assert "chain postrouting" in listing
+    assert "set more" in listing
+    assert "istio-inpod" not in listing
+
+
+def test_the_original_s_flush_leaves_the_entries(host: Host) -> None:
+    sets = host.sets()
+    sets.put({ONE: UID})
+    host.nft(f"add table inet {NFT_TABLE}; flush table inet {NFT_TABLE}")
+    assert sets.entries() == {ONE: UID}
+
+
+def test_a_firewall_s_flush_is_healed_by_the_next_put(host: Host) -> None:
+    sets = host.sets()
+    sets.put({ONE: UID})
+    host.nft("flush ruleset")
+    assert sets.entries() == {}
+    sets.delete([ONE])
+    assert nft_list(host.netns) == ""
+    sets.put({SIX: UID})
+    assert sets.entries() == {SIX: UID}
+
+
+def test_an_nft_set_of_another_type(host: Host) -> None:
+    host.nft(f"add table inet {NFT_TABLE}; add set inet {NFT_TABLE} {istio.PROBE_SET_V4} {{ type inet_service ; }}")
+    before = nft_list(host.netns)
+    sets = host.sets()
+    for change in (sets.ensure, lambda: sets.put({ONE: UID})):
+        with pytest.raises(ApplyError, match="nft table inet istio-ambient-nat: ") as caught:
+            change()
+        assert caught.value.hint == "somebody else may have changed it: nft list table inet istio-ambient-nat"
+    assert sets.entries() == {}
+    assert nft_list(host.netns) == before
+
+
+def test_one_transaction_for_a_put_of_both_families(host: Host) -> None:
+    """Nobody ever sees an address without its entry, nor half of a put."""
+
+    class Counting(Nft):
+        def __init__(self) -> None:
+            super().__init__()
+            self.changes = 0
+
+        def change(self, commands: str) -> None:
+            self.changes += 1
+            super().change(commands)
+
+    def put_twice() -> int:
+        counting = Counting()
+        sets = NftProbeSet(BOTH, counting)
+        sets.put({ONE: UID, SIX: UID})
+        sets.put({ONE: OTHER_UID, SIX: OTHER_UID})
+        return counting.changes
+
+    assert host.netns.call(put_twice) == 2
