@@ -18,7 +18,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from meshcni.errors import NetnsError
 from meshcni.host import processes
 from meshcni.host.netns import enter, open_netns
-from meshcni.host.podprocesses import Netns, PodProcess, ProcessWalker, Walk
+from meshcni.host.podprocesses import NetnsId, PodProcess, ProcessWalker, Walk
 from meshcni.host.rtnetlink import Rtnetlink
 from meshcni.pods.cgrouppath import uid_key
 from meshcni.pods.sandboxes import Sandbox, is_runtime_process, needs_command, sandbox_of_process
@@ -76,7 +76,7 @@ class _Search:
     """What is known of one wanted pod."""
 
     pod: Wanted
-    by_netns: dict[Netns, list[PodProcess]] = field(default_factory=dict)  # each oldest first
+    by_netns: dict[NetnsId, list[PodProcess]] = field(default_factory=dict)  # each oldest first
     on_host: list[PodProcess] = field(default_factory=list)
     refusals: list[Refused] = field(default_factory=list)
 
@@ -161,7 +161,7 @@ class NetnsFinder:
             if not all(search.has_processes for search in searches.values()):
                 for process in self._walker.on_host(seen):
                     search = search_of(process)
-                    if search is not None and not is_runtime_process(process.comm):
+                    if search is not None:
                         search.on_host.append(process)
         for search in searches.values():
             for group in search.by_netns.values():
@@ -177,7 +177,7 @@ class NetnsFinder:
             for netns, group in search.by_netns.items()
         ]
         found: dict[str, Found | Refused] = {}
-        owner: dict[Netns, str] = {}
+        owner: dict[NetnsId, str] = {}
         try:
             for _start, _pid, key, netns in sorted(candidates):
                 if key in found:
@@ -199,7 +199,7 @@ class NetnsFinder:
             raise
         return found
 
-    def _claim(self, pod: Wanted, netns: Netns, group: list[PodProcess]) -> Found | Refused:
+    def _claim(self, pod: Wanted, netns: NetnsId, group: list[PodProcess]) -> Found | Refused:
         for process in group:
             try:
                 descriptor = self._open(f"{process.folder}/ns/net")
@@ -219,7 +219,7 @@ class NetnsFinder:
         return Refused(NOT_FOUND, f"its processes {_listed(group)} ended while they were looked at")
 
     def _judge(
-        self, pod: Wanted, netns: Netns, process: PodProcess, group: list[PodProcess], descriptor: int
+        self, pod: Wanted, netns: NetnsId, process: PodProcess, group: list[PodProcess], descriptor: int
     ) -> Found | Refused | None:
         """Decide about an open netns; None when it is no longer the one that was looked at."""
         status = os.fstat(descriptor)
@@ -281,8 +281,8 @@ def _explain_absence(search: _Search, seen: Walk, proc_root: str) -> None:
         if sandbox := _sandbox_of(process):
             search.refusals.append(Refused(SANDBOXED, _sandboxed(sandbox, process)))
             return
-    if search.on_host:
-        text = f"its processes {_listed(search.on_host)} are in the network namespace of the host or of the agent"
+    if plain := [process for process in search.on_host if not is_runtime_process(process.comm)]:
+        text = f"its processes {_listed(plain)} are in the network namespace of the host or of the agent"
         search.refusals.append(Refused(HOST_NETNS, text))
         return
     text = f"none of the {seen.total} processes under {proc_root} is in a cgroup of pod {' or '.join(search.pod.uids)}"

@@ -15,7 +15,7 @@ from meshcni.errors import CgroupError, NetnsError
 from meshcni.host import processes
 from meshcni.pods.cgrouppath import ContainerCgroup, parse_cgroup
 
-Netns = tuple[int, int]  # device and inode of its file
+NetnsId = tuple[int, int]  # device and inode of its file
 
 
 class PodProcess(NamedTuple):
@@ -30,7 +30,7 @@ class PodProcess(NamedTuple):
     comm: str
     folder: str
     cgroup: ContainerCgroup
-    netns: Netns | None
+    netns: NetnsId | None
     trouble: str = ""
 
     def is_same(self) -> bool:
@@ -54,6 +54,12 @@ class Walk:
     passed_over: list[str] = field(default_factory=list)
 
 
+class _Place(NamedTuple):
+    folder: str
+    netns: NetnsId | None = None
+    trouble: str = ""
+
+
 class ProcessWalker:
     """Walks the processes under `proc_root`. Not for several threads at once."""
 
@@ -74,43 +80,31 @@ class ProcessWalker:
         self._known = {}
         for pid in processes.pids(self.proc_root):
             seen.total += 1
-            folder = f"{self.proc_root}/{pid}"
             try:
-                netns, trouble = processes.namespace_of(folder), ""
+                place = _place(f"{self.proc_root}/{pid}")
+                if place.netns in never:
+                    seen.on_host.append(pid)
+                elif process := self._identify(pid, place, known.get(pid)):
+                    seen.in_pods.append(process)
             except processes.GONE:
-                living = _living_thread(folder)
-                if living is None:
-                    continue  # it has ended or is a zombie, and has left its netns
-                folder, netns = living
-                trouble = ""
-            except OSError as error:
-                netns, trouble = None, error.strerror
-            if netns in never:
-                seen.on_host.append(pid)
-                continue
-            try:
-                process = self._identify(pid, folder, known.get(pid))
-            except processes.GONE:
-                continue
+                continue  # it has ended, or is a zombie and has left its netns
             except (OSError, ValueError, CgroupError) as error:
                 seen.passed_over.append(f"process {pid}: {error}")
-                continue
-            if process is not None:
-                seen.in_pods.append(process._replace(netns=netns, trouble=trouble))
         return seen
 
     def on_host(self, seen: Walk) -> Iterator[PodProcess]:
-        """Yield those processes in pods' cgroups that are in the host's netns or in our own; nothing is remembered."""
+        """Yield those processes in pods' cgroups that are in the host's netns or in our own."""
         for pid in seen.on_host:
             try:
-                process = self._identify(pid, f"{self.proc_root}/{pid}", None)
+                process = self._identify(pid, _Place(f"{self.proc_root}/{pid}"), self._known.get(pid))
             except (OSError, ValueError, CgroupError):
                 continue
             if process is not None:
                 yield process
 
-    def _identify(self, pid: int, folder: str, known: tuple[int, ContainerCgroup] | None) -> PodProcess | None:
-        """Return the process without its netns, None when it is no pod's."""
+    def _identify(self, pid: int, place: _Place, known: tuple[int, ContainerCgroup] | None) -> PodProcess | None:
+        """Return the process, None when it is no pod's."""
+        folder, netns, trouble = place
         stat = processes.read_stat(folder)
         if known is not None and known[0] == stat.start:
             cgroup: ContainerCgroup | None = known[1]
@@ -119,9 +113,9 @@ class ProcessWalker:
         if cgroup is None:
             return None  # not remembered: a runtime starts a container's process outside and moves it in
         self._known[pid] = (stat.start, cgroup)
-        return PodProcess(pid, stat.start, stat.comm, folder, cgroup, None)
+        return PodProcess(pid, stat.start, stat.comm, folder, cgroup, netns, trouble)
 
-    def _never_a_pods(self) -> frozenset[Netns]:
+    def _never_a_pods(self) -> frozenset[NetnsId]:
         """Return the netns of the host and of this process."""
         found = []
         for folder in (f"{self.proc_root}/1", "/proc/self"):
@@ -135,16 +129,20 @@ class ProcessWalker:
         return frozenset(found)
 
 
-def _living_thread(process: str) -> tuple[str, Netns] | None:
-    """Return folder and netns of a thread that goes on after the first one has ended."""
+def _place(folder: str) -> _Place:
+    """Return where a process is, or a thread of it that goes on after the first one has ended.
+
+    Raises FileNotFoundError or ProcessLookupError when it has none.
+    """
     try:
-        threads = os.listdir(f"{process}/task")
-    except OSError:
-        return None
-    for thread in threads:
-        folder = f"{process}/task/{thread}"
+        return _Place(folder, processes.namespace_of(folder))
+    except processes.GONE:
+        pass
+    except OSError as error:
+        return _Place(folder, None, error.strerror)
+    for thread in os.listdir(f"{folder}/task"):
         try:
-            return folder, processes.namespace_of(folder)
+            return _Place(f"{folder}/task/{thread}", processes.namespace_of(f"{folder}/task/{thread}"))
         except OSError:
             continue
-    return None
+    raise ProcessLookupError(folder)

@@ -41,7 +41,8 @@ def parse_cgroup(text: str) -> ContainerCgroup | None:
     Raises CgroupError for a line of another form than `ID:CONTROLLERS:PATH`, and when lines contradict each other.
     """
     found: ContainerCgroup | None = None
-    for line in text.splitlines():
+    # At line feeds only, as the kernel forbids no other separator in a cgroup's name.
+    for line in text.removesuffix("\n").split("\n") if text else ():
         parts = line.split(":", 2)
         if len(parts) != 3:
             raise CgroupError(f"the cgroup line {line[:200]!r} is not of the form ID:CONTROLLERS:PATH")
