@@ -105,7 +105,7 @@ MAX_OWNER_GROUPS = 64
 IPTABLES_CHAIN_PREFIX = "ISTIO"
 NFT_TABLE_PREFIX = "istio-proxy-"  # tools/istio-nftables/pkg/constants
 
-# --- ambient redirection: cni/pkg/iptables, cni/pkg/nftables, cni/pkg/config, cni/pkg/nodeagent ------------------------
+# --- ambient redirection: cni/pkg/iptables, cni/pkg/nftables, cni/pkg/config, cni/pkg/nodeagent -----------------------
 ZTUNNEL_OUTBOUND_PORT = 15001
 ZTUNNEL_INBOUND_PLAINTEXT_PORT = 15006
 ZTUNNEL_INBOUND_PORT = 15008
@@ -121,6 +121,7 @@ PROBE_SET_V4 = "istio-inpod-probes-v4"
 PROBE_SET_V6 = "istio-inpod-probes-v6"
 AMBIENT_HOST_CHAIN = "ISTIO_POSTRT"
 AMBIENT_NFT_TABLE_PREFIX = "istio-ambient-"
+SYSTEM_NAMESPACE = "istio-system"  # of the control plane, unless a setting names another
 ZTUNNEL_LABEL = ("app", "ztunnel")  # of ztunnel's own pod, in SYSTEM_NAMESPACE
 HOST_ROOT = "/host"  # where the chart mounts parts of the host
 HOST_PROC = "/host/proc"

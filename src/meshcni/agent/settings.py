@@ -198,7 +198,7 @@ class Settings:
         "", TEXT, CLUSTER, "revision label of this installation; nothing depends on it", env="REVISION",
         effect=Effect.IGNORED)
     system_namespace: str = _setting(
-        "istio-system", TEXT, CLUSTER, "namespace of the control plane; ztunnel's own pods are known by it",
+        istio.SYSTEM_NAMESPACE, TEXT, CLUSTER, "namespace of the control plane; ztunnel's own pods are known by it",
         env="SYSTEM_NAMESPACE")
     allow_switch_to_host_ns: bool = _setting(
         False, BOOLEAN, CLUSTER, f"the host's netns is {istio.HOST_NETNS}; false: the agent's own",

@@ -103,6 +103,7 @@ def policy(settings: Settings) -> Policy:
         agent_namespace=settings.pod_namespace,
         ambient_enabled=settings.ambient_enabled,
         enablement_selectors=settings.ambient_enablement_selector,
+        system_namespace=settings.system_namespace,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from meshcni import istio
 from meshcni.cli.ruleparameters import Given
 from meshcni.errors import MeshCniError, PodSpecError, SettingError, UsageError
 from meshcni.pflag import Flag, ParsedFlags, go_bool
@@ -25,6 +26,12 @@ POLICY_FLAGS: Final = (  # the agent's own variables, so that `explain` within i
         "ambient-enablement-selector",
         env=("AMBIENT_ENABLEMENT_SELECTOR",),
         help="YAML list of {podSelector, namespaceSelector}",
+    ),
+    Flag(
+        "system-namespace",
+        default=istio.SYSTEM_NAMESPACE,
+        env=("SYSTEM_NAMESPACE",),
+        help="namespace of the control plane and of ztunnel",
     ),
 )
 
@@ -46,6 +53,7 @@ def read_policy(parsed: ParsedFlags, environment: Mapping[str, str]) -> Policy:
         agent_namespace=given["agent-namespace"].text,
         ambient_enabled=given["ambient-enabled"].read(go_bool),
         enablement_selectors=_selectors(given["ambient-enablement-selector"]),
+        system_namespace=given["system-namespace"].text,
     )
 
 

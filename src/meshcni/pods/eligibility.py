@@ -37,6 +37,9 @@ class Reason:
 
 OWN_AGENT_POD = Reason("own-agent-pod", "It is a pod of the node agent itself.", Verdict.SKIP)
 NAMESPACE_EXCLUDED = Reason("namespace-excluded", "Its namespace is excluded from the mesh.", Verdict.SKIP)
+ZTUNNEL_POD = Reason(
+    "ztunnel-pod", "It is ztunnel itself, which every pod of ambient mode needs to start.", Verdict.SKIP
+)
 HOST_NETWORK = Reason("host-network", "It shares the host's network, which is never redirected.", Verdict.SKIP)
 NAMESPACE_UNKNOWN = Reason(
     "namespace-unknown",
@@ -58,6 +61,7 @@ UNREADABLE = Reason("unreadable-pod", "A field of it has a wrong type.", Verdict
 REASONS: Final = (
     OWN_AGENT_POD,
     NAMESPACE_EXCLUDED,
+    ZTUNNEL_POD,
     HOST_NETWORK,
     NAMESPACE_UNKNOWN,
     AMBIENT_ENABLED,
@@ -76,12 +80,16 @@ REASONS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The settings that decide about pods; `agent_namespace` is the agent's own, empty when not known."""
+    """The settings that decide about pods; `agent_namespace` is the agent's own, empty when not known.
+
+    `system_namespace` is that of the control plane, in which a pod with ztunnel's label is ztunnel.
+    """
 
     exclude_namespaces: frozenset[str] = frozenset()
     agent_namespace: str = ""
     ambient_enabled: bool = False
     enablement_selectors: tuple[EnablementSelector, ...] = ()
+    system_namespace: str = istio.SYSTEM_NAMESPACE
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +121,16 @@ def _namespace_excluded(pod: Pod, _namespace: Namespace | None, policy: Policy) 
 
 def _host_network(pod: Pod, _namespace: Namespace | None, _policy: Policy) -> Found:
     return (HOST_NETWORK, "spec.hostNetwork=true") if pod.host_network else None
+
+
+def _ztunnel_pod(pod: Pod, _namespace: Namespace | None, policy: Policy) -> Found:
+    """Recognise ztunnel, whose start no ztunnel can wait for; upstream relies on its chart's label to opt out."""
+    if not policy.ambient_enabled or istio.SIDECAR_STATUS in pod.annotations:
+        return None
+    label, value = istio.ZTUNNEL_LABEL
+    if pod.namespace == policy.system_namespace and pod.labels.get(label) == value:
+        return ZTUNNEL_POD, f"label {label}={value} in the control plane's namespace {pod.namespace}"
+    return None
 
 
 def _ambient(pod: Pod, namespace: Namespace | None, policy: Policy) -> Found:
@@ -185,6 +203,7 @@ def _sidecar(_pod: Pod, _namespace: Namespace | None, _policy: Policy) -> Found:
 CHECKS: Final[tuple[Check, ...]] = (  # the first one that says something decides
     _own_agent_pod,
     _namespace_excluded,
+    _ztunnel_pod,
     _host_network,
     _ambient,
     _init_container,

@@ -47,6 +47,8 @@ def test_installer_gets_its_settings() -> None:
 def test_policy() -> None:
     chosen = policy(resolve([], {"EXCLUDE_NAMESPACES": "a,b", "POD_NAMESPACE": "istio-system"}))
     assert (chosen.exclude_namespaces, chosen.agent_namespace) == (frozenset({"a", "b"}), "istio-system")
+    assert chosen.system_namespace == "istio-system"
+    assert policy(resolve([], {"SYSTEM_NAMESPACE": "mesh"})).system_namespace == "mesh"
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ CASES: dict[str, tuple[list[str], dict[str, str], Policy]] = {
             "POD_NAMESPACE": "istio-system",
             "AMBIENT_ENABLED": "true",
             "AMBIENT_ENABLEMENT_SELECTOR": SELECTOR,
+            "SYSTEM_NAMESPACE": "mesh",
         },
-        Policy(frozenset({"a", "b"}), "istio-system", True, SELECTORS),
+        Policy(frozenset({"a", "b"}), "istio-system", True, SELECTORS, "mesh"),
     ),
     "empty variables": ([], {flag.env[0]: "" for flag in POLICY_FLAGS}, Policy()),
     "flags": (

@@ -191,6 +191,9 @@ SELECTORS = parse_enablement_selectors(
 ON = Policy(ambient_enabled=True, enablement_selectors=SELECTORS)
 IN_MESH, OUTSIDE = Namespace("shop", {AMBIENT: "ambient"}), Namespace("shop")
 
+ZTUNNEL = Pod("istio-system", "ztunnel-x", labels={"app": "ztunnel"}, containers=(Container("istio-proxy"),))
+EVERYTHING = Policy(ambient_enabled=True, enablement_selectors=parse_enablement_selectors([{}]))
+
 AMBIENT_CASES: dict[str, tuple[Pod, Namespace | None, Policy, str]] = {
     "by the pod's label": (replace(PLAIN, labels={AMBIENT: "ambient"}), OUTSIDE, ON, "ambient-enabled"),
     "by the pod's label, whatever the namespace": (
@@ -223,6 +226,34 @@ AMBIENT_CASES: dict[str, tuple[Pod, Namespace | None, Policy, str]] = {
         Policy(ambient_enabled=True, enablement_selectors=parse_enablement_selectors([{}])),
         "ambient-enabled",
     ),
+    "ztunnel, selected by everything": (ZTUNNEL, None, EVERYTHING, "ztunnel-pod"),
+    "ztunnel in the control plane's namespace": (
+        replace(ZTUNNEL, namespace="mesh"),
+        None,
+        replace(EVERYTHING, system_namespace="mesh"),
+        "ztunnel-pod",
+    ),
+    "ztunnel that shares the host's network": (replace(ZTUNNEL, host_network=True), None, EVERYTHING, "ztunnel-pod"),
+    "a pod called ztunnel elsewhere": (replace(ZTUNNEL, namespace="shop"), None, EVERYTHING, "ambient-enabled"),
+    "another pod of the control plane": (
+        replace(ZTUNNEL, labels={"app": "istiod"}),
+        None,
+        EVERYTHING,
+        "ambient-enabled",
+    ),
+    "a sidecar that calls itself ztunnel": (
+        replace(SIDECAR, namespace="istio-system", labels={"app": "ztunnel"}),
+        None,
+        EVERYTHING,
+        "sidecar-injected",
+    ),
+    "ztunnel, ambient is off": (ZTUNNEL, None, Policy(), "not-injected"),
+    "ztunnel of an excluded namespace": (
+        ZTUNNEL,
+        None,
+        replace(EVERYTHING, exclude_namespaces=frozenset({"istio-system"})),
+        "namespace-excluded",
+    ),
     "ambient before istio-init": (
         replace(PLAIN, containers=(Container("istio-init"),)),
         IN_MESH,
@@ -235,6 +266,12 @@ AMBIENT_CASES: dict[str, tuple[Pod, Namespace | None, Policy, str]] = {
 @pytest.mark.parametrize(("pod", "namespace", "policy", "code"), AMBIENT_CASES.values(), ids=AMBIENT_CASES)
 def test_ambient_cases(pod: Pod, namespace: Namespace | None, policy: Policy, code: str) -> None:
     assert decide(pod, namespace, policy).reason.code == code
+
+
+def test_ztunnel_needs_no_labels_of_its_namespace() -> None:
+    decision = decide(ZTUNNEL, None, replace(ON, enablement_selectors=SELECTORS))
+    assert decision.verdict is Verdict.SKIP
+    assert decision.evidence == "label app=ztunnel in the control plane's namespace istio-system"
 
 
 def test_an_unknown_namespace_is_an_error_that_names_it() -> None:
@@ -283,9 +320,9 @@ def test_no_warning_without_cause() -> None:
 TEXTS = st.sampled_from(["", "true", "false", "NONE", "TPROXY", "ambient", "none", "x"])
 PODS = st.builds(
     Pod,
-    namespace=st.sampled_from(["shop", "kube-system", ""]),
+    namespace=st.sampled_from(["shop", "kube-system", "istio-system", ""]),
     name=st.sampled_from(["cart", "istio-cni-node-x"]),
-    labels=st.dictionaries(st.sampled_from([INJECT, AMBIENT]), TEXTS),
+    labels=st.dictionaries(st.sampled_from([INJECT, AMBIENT, "app"]), TEXTS | st.just("ztunnel")),
     annotations=st.dictionaries(st.sampled_from([STATUS, INJECT, MODE]), TEXTS),
     host_network=st.booleans(),
     containers=st.lists(
