@@ -40,6 +40,7 @@ class Metric:
 
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0)
+ROUND_SECONDS = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 300.0, 900.0, 3600.0)
 
 INSTALLS = Metric(
     "istio_cni_installs_total",
@@ -67,7 +68,12 @@ PLUGIN_REQUESTS = Metric(
     ours=False,
 )
 RECONCILE_EVENTS = Metric(
-    "nodeagent_reconcile_events_total", Type.COUNTER, "informer events handled, ambient", ("type",), ours=False
+    "nodeagent_reconcile_events_total",
+    Type.COUNTER,
+    "informer events handled, ambient",
+    ("type",),
+    "add, update, delete",
+    ours=False,
 )
 ZTUNNEL_CONNECTED = Metric("ztunnel_connected", Type.GAUGE, "connections of ztunnel", ours=False)
 
@@ -99,8 +105,8 @@ REFUSED = Metric(
     Type.COUNTER,
     "requests and connections refused",
     ("socket", "cause"),
-    "socket: agent, log, event, control, health, metrics; cause: peer, oversized, malformed, version, descriptors, "
-    "slow, busy",
+    "socket: agent, log, event, control, health, metrics, ztunnel; cause: peer, oversized, malformed, version, "
+    "descriptors, slow, busy",
 )
 ERRORS = Metric("istio_cni_errors_total", Type.COUNTER, "errors by class", ("error",), "see the exit codes page")
 CONF_DRIFT = Metric(
@@ -131,6 +137,61 @@ LOG_LINES = Metric(
     "printed, malformed, limited",
 )
 EVENT_LOOP_LAG = Metric("istio_cni_event_loop_lag_seconds", Type.GAUGE, "how late the last beat of the event loop was")
+AMBIENT_PODS = Metric(
+    "istio_cni_ambient_pods",
+    Type.GAUGE,
+    "pods that are, or were a moment ago, in ambient mode",
+    ("state",),
+    "enrolled, pending, leaving, unknown (their parameters cannot be read)",
+)
+AMBIENT_NOT_DESIRED = Metric(
+    "istio_cni_ambient_not_desired", Type.GAUGE, "pods of ambient mode in another state than they should be"
+)
+AMBIENT_STEPS = Metric(
+    "istio_cni_ambient_steps_total",
+    Type.COUNTER,
+    "steps done to take pods into ambient mode and out of it",
+    ("step", "result"),
+    "step: find-netns, routes, ztunnel-add, rules, addresses, annotate-enabled, annotate-pending, remove-rules, "
+    "remove-annotation, ztunnel-del, remove-addresses; result: ok, failed",
+)
+AMBIENT_STEP_DURATION = Metric(
+    "istio_cni_ambient_step_duration_seconds", Type.HISTOGRAM, "time that a step took", ("step",), "", SECONDS
+)
+AMBIENT_DRIFT = Metric(
+    "istio_cni_ambient_drift_total",
+    Type.COUNTER,
+    "times that something of an enrolled pod or of the host was not as it should be, and was mended",
+    ("what",),
+    "rules, netns, set, host-rules, ztunnel",
+)
+AMBIENT_VERIFICATION = Metric(
+    "istio_cni_ambient_verification_seconds",
+    Type.HISTOGRAM,
+    "time that a verification of all pods took, most of it pauses",
+    buckets=ROUND_SECONDS,
+)
+AMBIENT_SET_ENTRIES = Metric(
+    "istio_cni_ambient_set_entries", Type.GAUGE, "addresses that the host's set of enrolled pods should hold"
+)
+ZDS_MESSAGES = Metric(
+    "istio_cni_zds_messages_total",
+    Type.COUNTER,
+    "requests to ztunnel and what became of them",
+    ("type", "result"),
+    "type: add, keep, del, snapshot-sent; result: ack, nack, timeout, closed",
+)
+ZDS_ACK = Metric(
+    "istio_cni_zds_ack_seconds", Type.HISTOGRAM, "time from a request to ztunnel's answer", buckets=SECONDS
+)
+ZDS_CLOSED = Metric(
+    "istio_cni_zds_closed_total",
+    Type.COUNTER,
+    "connections of ztunnel that ended",
+    ("cause",),
+    "eof, transport, hello-timeout, write-timeout, ack-timeout, unsolicited, second-hello, malformed, oversized, "
+    "descriptors, crowded, snapshot, stopped",
+)
 BACKEND = Metric(
     "istio_cni_backend_info",
     Type.GAUGE,
