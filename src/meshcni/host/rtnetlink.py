@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 import sys
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from meshcni.host.netlink import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NetlinkSocket, attribute, attributes
@@ -159,13 +160,14 @@ class Rtnetlink(NetlinkSocket):
     def plain_rules(self, family: int) -> list[PlainRule]:
         """The policy rules of `family` that are no more than a PlainRule can say, by priority."""
         question = struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, 0, 0)
-        read = (_read_plain_rule(payload) for payload in self.dump(RTM_GETRULE, question))
+        read = map(read_plain_rule, self.dump(RTM_GETRULE, question))
         return [rule for rule in read if rule is not None]
 
     def change_plain_rule(self, message: int, rule: PlainRule) -> None:
         """Add (RTM_NEWRULE) or delete (RTM_DELRULE) a policy rule, at exactly its priority.
 
-        The kernel says EEXIST or ENOENT when there is nothing to do.
+        Look at `plain_rules` first: an addition is never refused because there is one like it (the kernel would take a
+        narrower rule for the same), and a deletion takes the first rule that has these selectors, or these and more.
         """
         body = struct.pack("=8BI", rule.family, rule.destination_length, 0, 0, 0, 0, 0, FR_ACT_TO_TBL, 0)
         if rule.destination:
@@ -173,21 +175,12 @@ class Rtnetlink(NetlinkSocket):
         if rule.interface:
             body += attribute(_FRA_IIFNAME, rule.interface.encode() + b"\0")
         body += attribute(_FRA_PRIORITY, struct.pack("=I", rule.priority))
-        self._change(message, body + attribute(_FRA_TABLE, struct.pack("=I", rule.table)))
+        body += attribute(_FRA_TABLE, struct.pack("=I", rule.table))
+        self.change(message, NLM_F_CREATE if message == RTM_NEWRULE else 0, body)
 
     def device_routes(self, family: int, tables: frozenset[int]) -> dict[int, list[Route]]:
         """The unicast routes by a device in each of `tables` that has any."""
-        found: dict[int, list[Route]] = {}
-        for payload in self.dump(RTM_GETROUTE, struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, 0, 0)):
-            short_table = payload[4]  # most routes are in tables nobody asked for: leave them early
-            if payload[7] != RTN_UNICAST or (short_table != RT_TABLE_COMPAT and short_table not in tables):
-                continue
-            values = dict(attributes(payload[12:]))
-            table = _number(values.get(_RTA_TABLE, b"")) or short_table
-            if table in tables and _RTA_OIF in values:
-                route = Route(values.get(_RTA_DST, b""), payload[1], _number(values[_RTA_OIF]))
-                found.setdefault(table, []).append(route)
-        return found
+        return read_device_routes(self.dump(RTM_GETROUTE, struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, 0, 0)), tables)
 
     def source_for(self, destination: bytes) -> bytes:
         """Return the source address, 4 or 16 bytes, of what this namespace sends to `destination`; empty if none."""
@@ -211,7 +204,8 @@ def _number(value: bytes) -> int:
     return int.from_bytes(value, sys.byteorder)
 
 
-def _read_plain_rule(payload: bytes) -> PlainRule | None:
+def read_plain_rule(payload: bytes) -> PlainRule | None:
+    """Read one answer to RTM_GETRULE; None when the rule is more than a PlainRule can say."""
     family, destination_length, source_length, tos, table, _, _, action, flags = struct.unpack_from("=8BI", payload)
     values = dict(attributes(payload[12:]))
     narrowed = source_length or tos or flags & _FIB_RULE_INVERT or not values.keys() <= _PLAIN_ATTRIBUTES
@@ -225,3 +219,17 @@ def _read_plain_rule(payload: bytes) -> PlainRule | None:
         destination_length,
         values.get(_FRA_IIFNAME, b"").rstrip(b"\0").decode(errors="surrogateescape"),
     )
+
+
+def read_device_routes(payloads: Iterable[bytes], tables: frozenset[int]) -> dict[int, list[Route]]:
+    """Read the answers to RTM_GETROUTE: unicast routes by a device in each of `tables` that has any."""
+    found: dict[int, list[Route]] = {}
+    for payload in payloads:
+        short_table = payload[4]  # most routes are in tables nobody asked for: leave them early
+        if payload[7] != RTN_UNICAST or (short_table != RT_TABLE_COMPAT and short_table not in tables):
+            continue
+        values = dict(attributes(payload[12:]))
+        table = _number(values.get(_RTA_TABLE, b"")) or short_table
+        if table in tables and _RTA_OIF in values:
+            found.setdefault(table, []).append(Route(values.get(_RTA_DST, b""), payload[1], _number(values[_RTA_OIF])))
+    return found
