@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -171,15 +172,17 @@ class RealWorld:
             return int(child.stdout.readline())
 
     def end(self, pid: int) -> None:
-        os.kill(self._outside(pid), 9)
+        os.kill(self._outside(pid), signal.SIGKILL)
         while Path(self.root, str(pid)).exists():
             pass
 
     def become_zombie(self, pid: int) -> None:
         outside = self._outside(pid)
         parent = int(Path(f"/proc/{outside}/stat").read_text().rpartition(")")[2].split()[1])
-        os.kill(parent, 19)  # nsenter: it does not wait for its child any more
-        os.kill(outside, 9)
+        os.kill(parent, signal.SIGSTOP)  # nsenter: it does not wait for its child any more
+        while ") T " not in Path(f"/proc/{parent}/stat").read_text():
+            pass
+        os.kill(outside, signal.SIGKILL)
         while ") Z " not in Path(self.root, str(pid), "stat").read_text():
             pass
 
@@ -193,9 +196,9 @@ class RealWorld:
         raise AssertionError(f"no process {pid}")
 
     def close(self) -> None:
-        os.kill(self._init, 9)  # and with it every process of its PID namespace
+        os.kill(self._init, signal.SIGKILL)  # and with it every process of its PID namespace
         for child in self._children[1:]:
-            child.kill()
+            child.send_signal(signal.SIGCONT)  # those that were to wait for nobody
             child.wait()
         self._children[0].wait()  # which waits until that PID namespace is empty
         for folder in sorted(self._cgroups.rglob("*/"), reverse=True):

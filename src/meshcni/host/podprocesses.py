@@ -96,7 +96,7 @@ class ProcessWalker:
         """Yield those processes in pods' cgroups that are in the host's netns or in our own."""
         for pid in seen.on_host:
             try:
-                process = self._identify(pid, _Place(f"{self.proc_root}/{pid}"), self._known.get(pid))
+                process = self._identify(pid, _Place(f"{self.proc_root}/{pid}"), None)
             except (OSError, ValueError, CgroupError):
                 continue
             if process is not None:
@@ -139,7 +139,7 @@ def _place(folder: str) -> _Place:
     except processes.GONE:
         pass
     except OSError as error:
-        return _Place(folder, None, error.strerror)
+        return _Place(folder, None, error.strerror or str(error))
     for thread in os.listdir(f"{folder}/task"):
         try:
             return _Place(f"{folder}/task/{thread}", processes.namespace_of(f"{folder}/task/{thread}"))
