@@ -399,7 +399,8 @@ class Ambient:
             return "leaving"
         if record.parameters_error is not None:
             return "unknown"
-        return "enrolled" if record.actual.enrolled and self.records.is_desired(record) else "pending"
+        known = record.actual.enrolled and record.actual.rules == record.wanted_rules
+        return "enrolled" if known and self.records.is_desired(record) else "pending"
 
     def status(self) -> dict[str, Any]:
         """What `install-cni status` shows."""

@@ -16,7 +16,7 @@ from meshcni.agent.podrecord import Netns, PodRecord
 from meshcni.agent.programming import Programmer
 from meshcni.agent.ztunnel import Workload, ZtunnelServer
 from meshcni.errors import KubeError, MeshCniError, NetnsError
-from meshcni.host import ambient
+from meshcni.host.ambient import apply_pod, prepare_routes, remove_pod, verify_pod
 from meshcni.host.backends.detection import VariantChoice
 from meshcni.pods.ambient import AmbientParameters
 from meshcni.pods.enrollment import Annotation, Intent, Step, after, in_new_sandbox
@@ -120,7 +120,7 @@ class Steps:
         record.netns = netns
 
     async def _put_routes(self, record: PodRecord) -> None:
-        await self._in_netns(record, lambda _choice: ambient.prepare_routes(self._parts.families))
+        await self._in_netns(record, lambda _choice: prepare_routes(self._parts.families))
 
     async def _put_rules(self, record: PodRecord) -> None:
         if record.parameters is None:
@@ -140,10 +140,10 @@ class Steps:
         def work(choice: VariantChoice | None) -> tuple[str, ...]:
             drift: tuple[str, ...] = ()
             if healing:
-                drift = ambient.verify_pod(parameters, families, config.backend, choice=choice)
+                drift = verify_pod(parameters, families, config.backend, choice=choice)
                 if not drift:
                     return ()
-            ambient.apply_pod(
+            apply_pod(
                 parameters,
                 families,
                 config.backend,
@@ -162,11 +162,11 @@ class Steps:
         if parameters is None:
             return ()
         return await self._in_netns(
-            record, lambda choice: ambient.verify_pod(parameters, families, config.backend, choice=choice)
+            record, lambda choice: verify_pod(parameters, families, config.backend, choice=choice)
         )
 
     async def _remove_rules(self, record: PodRecord) -> None:
-        await self._in_netns(record, lambda _choice: ambient.remove_pod())
+        await self._in_netns(record, lambda _choice: remove_pod())
 
     async def _in_netns(self, record: PodRecord, work: Callable[[VariantChoice | None], T]) -> T:
         if record.netns is None:
