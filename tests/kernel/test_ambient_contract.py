@@ -84,6 +84,17 @@ def ours() -> Iterator[Netns]:
         yield netns
 
 
+def everything(netns: Netns, variant: str) -> Listing:
+    """Return all that can be seen of rules, routes, addresses and address sets, and what nft rules are in the kernel.
+
+    Two rules that are listed alike may consist of different expressions. Left out are the random numbers of ipsets.
+    """
+    sets = "" if variant == "nftables" else re.sub(r" initval \S+", "", netns.shell("ipset", "save"))
+    expressions = netns.shell("nft", "--debug=netlink", "list", "ruleset") if variant == "nftables" else ""
+    rules = re.findall(r"^(inet \S+ \S+|  \[ .*)", re.sub(r"pkts \d+ bytes \d+", "", expressions), re.MULTILINE)
+    return [*listing(netns, variant), *sets.splitlines(), *rules]
+
+
 def load(netns: Netns, texts: Texts, variant: str) -> None:
     """Do by hand what the original does with its texts."""
     if variant == "nftables":
@@ -115,15 +126,15 @@ def test_pod(name: str, kind: str, variant: str, theirs: Netns, ours: Netns) -> 
 
     applied = apply(ours, case, families, variant)
 
-    expected = listing(theirs, variant)
-    assert listing(ours, variant) == expected
+    expected = everything(theirs, variant)
+    assert everything(ours, variant) == expected
     assert (applied.changed, applied.variant, applied.families) == (True, variant, families)
     assert applied.processes == (0 if variant == "nftables" else len(families))
 
     assert verify(theirs, case, families, variant) == ()
     for netns in (ours, theirs):  # what either has made needs nothing
         assert not apply(netns, case, families, variant).changed
-        assert listing(netns, variant) == expected
+        assert everything(netns, variant) == expected
 
 
 @pytest.mark.parametrize("has_routes", [False, True], ids=["rules first", "routes first"])
@@ -131,15 +142,15 @@ def test_routes_may_be_there_before(has_routes: bool, variant: str, theirs: Netn
     case = CASES["DNS, both ways, no interface"]
     load(theirs, case.texts(DUAL), variant)
     if has_routes:
-        before = listing(ours, variant)
+        before = everything(ours, variant)
         assert ours.call(lambda: prepare_routes(DUAL))
         assert not ours.call(lambda: prepare_routes(DUAL))
-        added = [line for line in listing(ours, variant) if line not in before]
-        assert added == [line for line in listing(theirs, variant) if "table 100" in line or "lookup 100" in line]
+        added = [line for line in everything(ours, variant) if line not in before]
+        assert added == [line for line in everything(theirs, variant) if "table 100" in line or "lookup 100" in line]
 
     assert apply(ours, case, DUAL, variant).changed
 
-    assert listing(ours, variant) == listing(theirs, variant)
+    assert everything(ours, variant) == everything(theirs, variant)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -152,7 +163,7 @@ def test_pod_without_ipv6_on_lo(kind: str, variant: str, theirs: Netns, ours: Ne
 
     assert apply(ours, case, families, variant).changed
 
-    assert listing(ours, variant) == listing(theirs, variant)
+    assert everything(ours, variant) == everything(theirs, variant)
     assert verify(ours, case, families, variant) == ()
     assert not apply(ours, case, families, variant).changed
 
@@ -178,20 +189,20 @@ def test_over_the_original(position: int, variant: str, theirs: Netns, ours: Net
 
     assert apply(ours, CASES[latter], FAMILIES[latter_kind], variant).changed
 
-    assert settled(listing(ours, variant)) == settled(listing(theirs, variant))
+    assert settled(everything(ours, variant)) == settled(everything(theirs, variant))
 
 
 @pytest.mark.parametrize("name", ["DNS, both ways, two interfaces", "no DNS, ingress, no interface"])
 def test_removal_of_what_either_made(name: str, variant: str, theirs: Netns, ours: Netns) -> None:
-    empty = settled(listing(ours, variant))
+    empty = settled(everything(ours, variant))
     load(theirs, CASES[name].texts(DUAL), variant)
     apply(ours, CASES[name], DUAL, variant)
 
     for netns in (theirs, ours):
         netns.call(remove_pod)
-        assert settled(listing(netns, variant)) == empty
+        assert settled(everything(netns, variant)) == empty
         netns.call(remove_pod)
-        assert settled(listing(netns, variant)) == empty
+        assert settled(everything(netns, variant)) == empty
 
 
 # --- the original's own checks of what we made ------------------------------------------------------------------------
@@ -213,13 +224,13 @@ def test_the_original_finds_nothing_to_do(name: str, iptables_variant: str, ours
 
 @pytest.mark.parametrize("iptables_variant", ["nft", "legacy"])
 def test_the_original_removes_what_we_made(iptables_variant: str, ours: Netns) -> None:
-    empty = settled(listing(ours, iptables_variant))
+    empty = settled(everything(ours, iptables_variant))
     apply(ours, CASES["DNS, both ways, two interfaces"], DUAL, iptables_variant)
     for family in Family:
         for line in ambient_oracle.removal_commands():
             ours.shell(f"{COMMAND[family]}-{iptables_variant}", "-t", *line.split())
     ours.shell("sh", "-e", text="for f in -4 -6; do ip $f rule del pref 32764; ip $f route flush table 100; done")
-    assert settled(listing(ours, iptables_variant)) == empty
+    assert settled(everything(ours, iptables_variant)) == empty
 
 
 def table_rules(text: str) -> list[tuple[str, str]]:
@@ -279,12 +290,6 @@ def make_foreign(netns: Netns, variant: str) -> None:
     for command in ("iptables", "ip6tables") if variant != "nftables" else ():
         netns.shell(f"{command}-{variant}-restore", "--noflush", text=FOREIGN)
     netns.shell("nft", "-f", "-", text="table inet filter {\n chain input { type filter hook input priority 0; }\n}\n")
-
-
-def everything(netns: Netns, variant: str) -> Listing:
-    """Return the listing with the address sets, but for the random numbers that they begin with."""
-    sets = "" if variant == "nftables" else re.sub(r" initval \S+", "", netns.shell("ipset", "save"))
-    return [*listing(netns, variant), *sets.splitlines()]
 
 
 def apply_to_host(netns: Netns, families: frozenset[Family], variant: str, probes: Probes = PROBES) -> Applied:

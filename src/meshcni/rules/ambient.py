@@ -58,7 +58,7 @@ PREROUTING, OUTPUT, POSTROUTING = "PREROUTING", "OUTPUT", "POSTROUTING"
 INBOUND, OUTBOUND = "ISTIO_PRERT", "ISTIO_OUTPUT"
 HOST_CHAIN = istio.AMBIENT_HOST_CHAIN
 
-TCP, UDP = Protocol("tcp"), Protocol("udp")
+TCP = Protocol("tcp")
 _DNS_PORT = (NumberRange.single(53),)
 _DNS_OVER_TCP = DestinationPort("tcp", _DNS_PORT)
 _DNS_OVER_UDP = DestinationPort("udp", _DNS_PORT)
@@ -221,16 +221,17 @@ def capture_dns(parameters: AmbientParameters, draft: Draft) -> None:
     if not parameters.dns_capture:
         return
     action = Redirect(istio.ZTUNNEL_DNS_PORT)
-    why = "DNS queries of the application are answered by ztunnel."
-    draft.append(NAT, OUTBOUND, (OtherOutInterface("lo"), UDP, _NOT_FROM_ZTUNNEL, _DNS_OVER_UDP), action, why)
+    over_udp: tuple[Match, ...] = (OtherOutInterface("lo"), _NOT_FROM_ZTUNNEL, _DNS_OVER_UDP)
+    draft.append(NAT, OUTBOUND, over_udp, action, "DNS queries of the application are answered by ztunnel.")
     for family in draft.families:
         matches = (_NOT_LOOPBACK[family], _DNS_OVER_TCP, _NOT_FROM_ZTUNNEL)
-        draft.append(NAT, OUTBOUND, matches, action, "So are those over TCP.", family)
+        why = "DNS queries over TCP are answered by ztunnel too, but for those to a resolver of the pod's own."
+        draft.append(NAT, OUTBOUND, matches, action, why, family)
     zone = ConntrackZone(istio.CONNTRACK_ZONE_RESOLVER)
     query: tuple[Match, ...] = (_DNS_OVER_UDP, _FROM_ZTUNNEL)
     answer: tuple[Match, ...] = (_DNS_ANSWER, _NOT_FROM_ZTUNNEL)
     if draft.backend is Backend.IPTABLES:
-        query, answer = (UDP, *reversed(query)), (UDP, *reversed(answer))
+        query, answer = query[::-1], answer[::-1]
     draft.append(RAW, OUTBOUND, query, zone, "ztunnel's own queries are tracked apart from the application's.")
     draft.append(RAW, INBOUND, answer, zone, "Answers of the real DNS servers belong to ztunnel's queries.")
 

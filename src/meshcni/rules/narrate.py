@@ -30,6 +30,7 @@ from meshcni.rules.model import (
     OtherSocketGroup,
     OutInterface,
     PacketMark,
+    PolicyRule,
     Protocol,
     ProtocolExtension,
     Redirect,
@@ -186,13 +187,20 @@ def as_objects(ruleset: Ruleset) -> dict[str, Any]:
             }
             for table in ruleset.tables
         ],
-        "policyRules": [
-            {"family": family_name(rule.family), "mark": rule.mark, "table": rule.table}
-            for rule in ruleset.policy_rules
-        ],
+        "policyRules": [_policy_rule_object(rule) for rule in ruleset.policy_rules],
         "routes": [{"destination": str(route.destination), "table": route.table} for route in ruleset.routes],
         "addresses": [f"{item.address}/{item.prefix_length}" for item in ruleset.addresses],
     }
+
+
+def _policy_rule_object(rule: PolicyRule) -> dict[str, Any]:
+    """Return a policy rule; mask and priority are named only where they are not what `ip rule` assumes."""
+    found: dict[str, Any] = {"family": family_name(rule.family), "mark": rule.mark, "table": rule.table}
+    if rule.mask != ALL_BITS:
+        found["mask"] = rule.mask
+    if rule.priority is not None:
+        found["priority"] = rule.priority
+    return found
 
 
 def _rule_object(rule: Rule) -> dict[str, Any]:
