@@ -99,7 +99,7 @@ class Ipset(NetlinkSocket):
     def header(self, name: str) -> SetHeader:
         """Return what the kernel says of a set; ENOENT when there is none."""
         question = _message(name, attribute(_ATTR_FLAGS | NLA_F_NET_BYTEORDER, struct.pack(">I", _FLAG_LIST_HEADER)))
-        for header in map(_read_header, self.dump(_LIST, question)):
+        for header in map(read_header, self.dump(_LIST, question)):
             if header is not None:
                 return header
         raise OSError(ENOENT, "the kernel described no set")
@@ -117,14 +117,14 @@ class Ipset(NetlinkSocket):
 
     def entries(self, name: str) -> list[SetEntry]:
         """Return the entries of a set in the kernel's order; ENOENT when there is no set."""
-        return [entry for payload in self.dump(_LIST, _message(name)) for entry in _read_entries(payload)]
+        return [entry for payload in self.dump(_LIST, _message(name)) for entry in read_entries(payload)]
 
     def lists_with(self, name: str) -> list[str]:
         """Return the names of the lists of sets that set `name` is a member of."""
         return [
             _text(dict(attributes(payload[4:])).get(_ATTR_SETNAME, b""))
             for payload in self.dump(_LIST, _message(""))
-            if any(entry.member == name for entry in _read_entries(payload))
+            if any(entry.member == name for entry in read_entries(payload))
         ]
 
     def destroy(self, name: str) -> None:
@@ -161,10 +161,11 @@ def _address(address: IpAddress) -> bytes:
     return attribute(_ATTR_IP | NLA_F_NESTED, inner)
 
 
-def _read_header(payload: bytes) -> SetHeader | None:
+def read_header(payload: bytes) -> SetHeader | None:
+    """Read one part of the answer to a listing; None when it is a further part, with entries only."""
     values = dict(attributes(payload[4:]))
     if _ATTR_TYPENAME not in values:
-        return None  # a further message of the same dump
+        return None
     data = dict(attributes(values.get(_ATTR_DATA, b"")))
     family = values.get(_ATTR_FAMILY, b"\0")[:1]
     return SetHeader(
@@ -185,7 +186,8 @@ def _narrowed(data: dict[int, bytes]) -> str:
     return "bitmask" if _ATTR_BITMASK in data else ""
 
 
-def _read_entries(payload: bytes) -> Iterator[SetEntry]:
+def read_entries(payload: bytes) -> Iterator[SetEntry]:
+    """Read the entries in one part of the answer to a listing."""
     for kind, values in attributes(payload[4:]):
         if kind != _ATTR_ADT:
             continue
