@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Protocol
 
@@ -31,6 +30,7 @@ from meshcni.agent.ztunnel import Meter, Workload, ZtunnelServer
 from meshcni.errors import MeshCniError, PodSpecError
 from meshcni.kube.reducer import Change
 from meshcni.pods.ambient import AmbientParameters, derive_ambient
+from meshcni.pods.ambientsettings import refuse_sandboxed
 from meshcni.pods.eligibility import Policy, Verdict, decide
 from meshcni.pods.enrollment import Annotation, Intent, Life, Step, adopted, annotation_of
 from meshcni.pods.model import Namespace, Pod, pod_addresses
@@ -338,13 +338,8 @@ class Ambient:
         """Parse the pod's overrides. An edit that makes no rules changes nothing for a pod that has some."""
         pod = record.pod
         try:
-            sandboxed = any(fnmatchcase(pod.runtime_class, name) for name in self.config.sandboxed_runtimes)
-            if sandboxed and not record.actual.enrolled:
-                raise PodSpecError(
-                    f"pod {pod.full_name} has runtime class {pod.runtime_class}: its network is inside its sandbox, "
-                    "where neither rules nor ztunnel's listeners reach it",
-                    "label it istio.io/dataplane-mode=none, or see AMBIENT_SANDBOXED_RUNTIMES",
-                )
+            if not record.actual.enrolled:
+                refuse_sandboxed(pod, self.config.sandboxed_runtimes)
             derived = derive_ambient(pod.annotations, self.config.defaults)
         except PodSpecError as error:
             if record.parameters is None:

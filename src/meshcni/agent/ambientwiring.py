@@ -11,17 +11,16 @@ from meshcni.agent.hostside import HostConfig, HostSide
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.netnssearch import NetnsSearch
 from meshcni.agent.programming import Programmer
-from meshcni.agent.settingkinds import HOST_IP, HostIp
 from meshcni.agent.settings import Settings
 from meshcni.agent.steps import PatchesRedirection, Warn
 from meshcni.agent.wiring import policy
-from meshcni.errors import SettingError
 from meshcni.host.hostpaths import ProcRoot, find_proc_root, host_netns_path
 from meshcni.host.netns import call_in_netns, open_netns
 from meshcni.host.nodeaddress import node_address
 from meshcni.host.podnetns import NetnsFinder
 from meshcni.kube.informer import Informer
-from meshcni.pods.ambient import DEFAULT_PROBE_V6, AmbientParameters
+from meshcni.pods.ambient import AmbientParameters
+from meshcni.pods.ambientsettings import probe_addresses
 from meshcni.pods.model import Namespace, Pod
 from meshcni.rules.model import Family
 
@@ -43,11 +42,12 @@ def make_ambient(
     if proc.warning:
         log.warning("%s", proc.warning)
     netns_path = host_netns_path(proc.path, settings.allow_switch_to_host_ns)
-    defaults = AmbientParameters(
-        dns_capture=settings.ambient_dns_capture,
-        probe_v4=_probe_v4(settings.host_probe_snat_ip, netns_path),
-        probe_v6=_probe_v6(settings.host_probe_snat_ipv6, netns_path),
+    probe_v4, probe_v6 = probe_addresses(
+        settings.host_probe_snat_ip,
+        settings.host_probe_snat_ipv6,
+        lambda version: _node_address(Family(version), netns_path),
     )
+    defaults = AmbientParameters(dns_capture=settings.ambient_dns_capture, probe_v4=probe_v4, probe_v6=probe_v6)
     host = HostConfig(
         backend=programmer.config.backend,
         families=families,
@@ -78,24 +78,6 @@ def make_ambient(
         warn=warn,
         metrics=metrics,
     )
-
-
-def _probe_v4(setting: IPv4Address | HostIp, netns_path: str) -> IPv4Address:
-    """The address itself, or the node's own."""
-    if setting is not HOST_IP:
-        return setting
-    found = _node_address(Family.V4, netns_path)
-    if not isinstance(found, IPv4Address):
-        raise SettingError("HOST_PROBE_SNAT_IP=hostIP, and the node has no IPv4 address", "name an address instead")
-    return found
-
-
-def _probe_v6(setting: IPv6Address | HostIp, netns_path: str) -> IPv6Address:
-    """The address itself, or the node's own; a node without IPv6 has no IPv6 probes either."""
-    if setting is not HOST_IP:
-        return setting
-    found = _node_address(Family.V6, netns_path)
-    return found if isinstance(found, IPv6Address) else DEFAULT_PROBE_V6
 
 
 def _node_address(family: Family, netns_path: str) -> IPv4Address | IPv6Address | None:

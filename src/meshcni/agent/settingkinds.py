@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any, Final
+from typing import Any
 
 from meshcni import pflag
 from meshcni.cni.spec import MAX_AGENT_WAIT_SECONDS
 from meshcni.pflag import go_bool, go_int
+from meshcni.pods.ambientsettings import (
+    NOTHING_WORD,
+    HostIp,
+    read_probe_v4,
+    read_probe_v6,
+    read_runtime_patterns,
+)
 from meshcni.pods.selectors import EnablementSelector, parse_enablement_selectors
 from meshcni.pods.values import read_group_selection, read_id_ranges, read_loopback
 
 LEVELS = ("debug", "info", "warn", "error", "fatal", "none")  # pkg/log/options.go
 MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un has 108 with the final zero, unix(7)
 HIGHEST_UID = 2**32 - 2  # (uid_t) -1 means "no user" to the kernel
-_PATTERN = re.compile(r"[a-z0-9.*?-]+", re.ASCII)  # names of API objects, with the wildcards of a shell
-NOTHING_WORD = "none"  # for lists that are not empty by default: an empty variable means the default
-
-
-class HostIp(Enum):
-    """In place of an address: the node's own, which whoever needs it finds out. Compare with `is HOST_IP`."""
-
-    WORD = "hostIP"
-
-
-HOST_IP: Final = HostIp.WORD
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,30 +78,8 @@ def _socket_path(text: str) -> str:
     return text
 
 
-def _probe_address(read: Callable[[str], IPv4Address | IPv6Address]) -> Callable[[str], Any]:
-    """An address that probes can come from, read by `read`, or the word `hostIP` in any case."""
-
-    def address(text: str) -> IPv4Address | IPv6Address | HostIp:
-        if text.lower() == HOST_IP.value.lower():
-            return HOST_IP
-        found = read(text)
-        if found.is_unspecified or found.is_multicast or found.is_loopback or "%" in text:
-            raise ValueError("no packet from elsewhere can have it as its source")
-        return found
-
-    return address
-
-
 def _show_probe_address(value: IPv4Address | IPv6Address | HostIp) -> str:
     return value.value if isinstance(value, HostIp) else str(value)
-
-
-def _patterns(text: str) -> tuple[str, ...]:
-    patterns = () if text == NOTHING_WORD else _names(text)
-    for pattern in patterns:
-        if not _PATTERN.fullmatch(pattern):
-            raise ValueError(f"no name matches {pattern!r}")
-    return patterns
 
 
 def _file_name(text: str) -> str:
@@ -201,7 +173,7 @@ NAMES = Kind("names", "names separated by commas", _names, ",".join)
 PATTERNS = Kind(
     "patterns",
     f"names with * and ?, separated by commas; the word {NOTHING_WORD} alone for no pattern",
-    _patterns,
+    read_runtime_patterns,
     lambda patterns: ",".join(patterns) or NOTHING_WORD,
 )
 DIRECTORY = Kind("directory", "an absolute path", _directory)
@@ -214,13 +186,13 @@ GROUPS_EXCLUDED = _checked("groups", "group ids like 202,1000-1999", read_id_ran
 PROBE_V4 = Kind(
     "IPv4 address or hostIP",
     "an IPv4 address, or the word hostIP for the node's own",
-    _probe_address(IPv4Address),
+    read_probe_v4,
     _show_probe_address,
 )
 PROBE_V6 = Kind(
     "IPv6 address or hostIP",
     "an IPv6 address, or the word hostIP for the node's own",
-    _probe_address(IPv6Address),
+    read_probe_v6,
     _show_probe_address,
 )
 LOG_LEVELS = Kind(

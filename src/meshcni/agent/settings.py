@@ -38,10 +38,10 @@ from meshcni.agent.settingkinds import (
     TARGETS,
     TEXT,
     VERIFY_SECONDS,
-    HostIp,
     Kind,
     choice,
 )
+from meshcni.pods.ambientsettings import SANDBOXED_RUNTIMES, HostIp
 from meshcni.pods.selectors import EnablementSelector
 
 # ruff: noqa: RUF009  (the calls in the table make dataclass fields)
@@ -290,7 +290,7 @@ class Settings:
         45, VERIFY_SECONDS, AMBIENT, "how often enrolled pods and the host's rules are verified",
         env="AMBIENT_VERIFY_SECONDS", ours=True)
     ambient_sandboxed_runtimes: tuple[str, ...] = _setting(
-        ("gvisor", "runsc", "kata*", "firecracker*"), PATTERNS, AMBIENT,
+        SANDBOXED_RUNTIMES, PATTERNS, AMBIENT,
         "RuntimeClasses whose pods are refused, because rules in the netns do not hold them",
         env="AMBIENT_SANDBOXED_RUNTIMES", ours=True)
     ambient_unenroll_on_uninstall: bool = _setting(

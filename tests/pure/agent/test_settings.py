@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshcni.agent.resolution import resolve, show
-from meshcni.agent.settingkinds import HOST_IP
 from meshcni.agent.settings import ROWS, Effect, Settings
 from meshcni.errors import SettingError, UsageError
+from meshcni.pods.ambientsettings import HOST_IP
 
 # flag, variable, value without either: cni/pkg/cmd/root.go and pkg/log/options.go, written down independently.
 ORIGINAL_FLAGS = """
