@@ -146,3 +146,58 @@ def test_one_transaction_for_a_put_of_both_families(host: Host) -> None:
         return counting.changes
 
     assert host.netns.call(put_twice) == 2
+
+
+def test_an_entry_that_comes_between_the_look_and_the_change(host: Host) -> None:
+    """An old and a new agent at work at once: the later put decides, whoever looked first."""
+
+    class Slow(Nft):
+        """Another agent is faster, each time."""
+
+        def change(self, commands: str) -> None:
+            NftProbeSet(BOTH).put({ONE: "another-agent", SIX: OTHER_UID})
+            super().change(commands)
+
+    host.netns.call(lambda: NftProbeSet(BOTH, Slow()).put({ONE: UID, TWO: UID}))
+    assert host.sets().entries() == {ONE: UID, TWO: UID, SIX: OTHER_UID}
+
+
+def test_an_entry_that_goes_between_the_look_and_the_change(host: Host) -> None:
+    class Slow(Nft):
+        def change(self, commands: str) -> None:
+            NftProbeSet(BOTH).delete([ONE])
+            super().change(commands)
+
+    host.sets().put({ONE: UID, TWO: UID})
+    host.netns.call(lambda: NftProbeSet(BOTH, Slow()).delete([ONE, TWO]))
+    assert host.sets().entries() == {}
+
+
+def test_sets_that_go_between_the_look_and_the_change(host: Host) -> None:
+    class Slow(Nft):
+        def change(self, commands: str) -> None:
+            super().change("flush ruleset")
+            super().change(commands)
+
+    host.sets().put({ONE: UID, TWO: UID})
+    host.netns.call(lambda: NftProbeSet(BOTH, Slow()).delete([ONE]))
+    assert host.sets().entries() == {}
+    host.netns.call(lambda: NftProbeSet(BOTH, Slow()).put({ONE: UID}))
+    assert host.sets().entries() == {ONE: UID}
+
+
+def test_what_is_right_is_left_alone(host: Host) -> None:
+    """Neither a change, which would wake whoever monitors nft, nor a deletion, for which the kernel makes us wait."""
+
+    class Unchanging(Nft):
+        def change(self, commands: str) -> None:
+            raise AssertionError(commands)
+
+    host.sets().put({ONE: UID, SIX: UID})
+
+    def again() -> None:
+        sets = NftProbeSet(BOTH, Unchanging())
+        sets.put({ONE: UID, SIX: UID})
+        sets.delete([TWO])
+
+    host.netns.call(again)

@@ -186,25 +186,30 @@ class NftProbeSet:
         """See ProbeSet."""
         found: dict[IpAddress, str] = {}
         for family in _ordered(self._families):
-            for block in self._list(f"set inet {NFT_TABLE} {SET_NAMES[family]}"):
-                found |= block.elements
+            found |= self._elements(family)
         return _reachable(found)
 
     def put(self, owners: Mapping[IpAddress, str]) -> None:
-        """See ProbeSet."""
-        parts = [
-            nftset.ensure(NFT_TABLE, SET_NAMES[family], family.value) + nftset.put(NFT_TABLE, SET_NAMES[family], own)
-            for family, own in _by_family(_checked(owners), self._families).items()
-        ]
-        self._change("put addresses into the sets", "".join(parts))
+        """See ProbeSet; all in one transaction."""
+        sets = _by_family(_checked(owners), self._families)
+        changes = {
+            family: nftset.put(NFT_TABLE, SET_NAMES[family], own, self._elements(family))
+            for family, own in sets.items()
+        }
+        try:
+            self._put(changes)
+        except _ExistsError:  # something of it has come since we looked
+            self._put({family: nftset.replace(NFT_TABLE, SET_NAMES[family], own) for family, own in sets.items()})
 
     def delete(self, addresses: Iterable[IpAddress]) -> None:
-        """See ProbeSet."""
-        for family, own in _by_family(dict.fromkeys(addresses, ""), self._families).items():
-            try:
-                self._change("delete addresses from the sets", nftset.delete(NFT_TABLE, SET_NAMES[family], own))
-            except _NoSuchSetError:
-                continue
+        """See ProbeSet; all in one transaction."""
+        sets = _by_family(dict.fromkeys(addresses, ""), self._families)
+        there = {family: own.keys() & self._elements(family).keys() for family, own in sets.items()}
+        commands = [nftset.delete(NFT_TABLE, SET_NAMES[family], keys) for family, keys in there.items() if keys]
+        try:
+            self._change("delete addresses from the sets", "".join(commands))
+        except _NoSuchSetError:
+            return
 
     def destroy(self) -> None:
         """See ProbeSet; the table goes too when nothing else is left in it."""
@@ -221,6 +226,21 @@ class NftProbeSet:
             self._change("delete the sets", "".join(f"delete set inet {NFT_TABLE} {name}\n" for name in ours))
         else:
             self._change("delete the table", f"add table inet {NFT_TABLE}\ndelete table inet {NFT_TABLE}\n")
+
+    def _put(self, changes: Mapping[Family, str]) -> None:
+        """Make changes, and the sets they are for, which somebody may have flushed since they were made."""
+        parts = [
+            nftset.ensure(NFT_TABLE, SET_NAMES[family], family.value) + change
+            for family, change in changes.items()
+            if change
+        ]
+        self._change("put addresses into the sets", "".join(parts))
+
+    def _elements(self, family: Family) -> Mapping[IpAddress, str]:
+        found: dict[IpAddress, str] = {}
+        for block in self._list(f"set inet {NFT_TABLE} {SET_NAMES[family]}"):
+            found |= block.elements
+        return found
 
     def _list(self, what: str) -> tuple[nftset.Block, ...]:
         try:
@@ -297,6 +317,10 @@ class FakeProbeSet:
 
 class _NoSuchSetError(ApplyError):
     """nft found no table or no set of the name."""
+
+
+class _ExistsError(ApplyError):
+    """There is an element that was to be created, or a set of the name that is of another type."""
 
 
 # --- addresses and owners ---------------------------------------------------------------------------------------------
@@ -384,7 +408,9 @@ def _is_absence(error: ApplyError) -> bool:
 
 def _nft_failure(what: str, error: ApplyError) -> ApplyError:
     """Say what could not be done and nft's first reason, without the command that nft repeats below it."""
-    kind = _NoSuchSetError if _is_absence(error) else ApplyError
+    kind = _ExistsError if "File exists" in error.message else ApplyError
+    if _is_absence(error):
+        kind = _NoSuchSetError
     reason = error.message.splitlines()[0].removeprefix("nft refused the rules: ")
     hint = f"somebody else may have changed it: nft list table inet {NFT_TABLE}"
     if "Operation not permitted" in reason:

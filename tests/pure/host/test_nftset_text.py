@@ -134,7 +134,7 @@ def test_a_listing_with_something_put_in(at: int, text: str) -> None:
 def test_commands() -> None:
     two = {ip_address("10.0.0.1"): "a", ip_address("10.0.0.2"): "b"}
     assert nftset.ensure("t", "s", 6) == "add table inet t\nadd set inet t s { type ipv6_addr ; }\n"
-    assert nftset.put("t", "s", two).splitlines() == [
+    assert nftset.replace("t", "s", two).splitlines() == [
         'add element inet t s { 10.0.0.1 comment "a", 10.0.0.2 comment "b" }',
         "delete element inet t s { 10.0.0.1, 10.0.0.2 }",
         'add element inet t s { 10.0.0.1 comment "a", 10.0.0.2 comment "b" }',
@@ -143,3 +143,15 @@ def test_commands() -> None:
         "add element inet t s { 10.0.0.1, 10.0.0.2 }",
         "delete element inet t s { 10.0.0.1, 10.0.0.2 }",
     ]
+
+
+def test_only_what_is_wrong_is_replaced() -> None:
+    one, two, three = map(ip_address, ("10.0.0.1", "10.0.0.2", "10.0.0.3"))
+    wanted, there = {one: "a", two: "b", three: "c"}, {one: "a", two: "x", ip_address("10.0.0.4"): "d"}
+    assert nftset.put("t", "s", wanted, there).splitlines() == [
+        'create element inet t s { 10.0.0.3 comment "c" }',
+        'add element inet t s { 10.0.0.2 comment "b" }',
+        "delete element inet t s { 10.0.0.2 }",
+        'add element inet t s { 10.0.0.2 comment "b" }',
+    ]
+    assert nftset.put("t", "s", wanted, wanted) == ""
