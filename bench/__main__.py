@@ -14,7 +14,7 @@ from lab.mesh import Mesh
 from lab.node import LabError
 from rich.console import Console
 
-from bench import adds, agent, plugin
+from bench import adds, agent, ambient, plugin
 from bench.report import Row, show
 from meshcni.rules.model import Backend
 
@@ -25,6 +25,11 @@ PARTS: Mapping[str, Callable[[Mesh], list[Row]]] = {
     "unmeshed": adds.unmeshed,
     "nftables": lambda mesh: adds.sidecar(mesh, Backend.NFTABLES),
     "iptables": lambda mesh: adds.sidecar(mesh, Backend.IPTABLES),
+    "ambient-nftables": lambda mesh: ambient.enrolment(mesh, Backend.NFTABLES),
+    "ambient-iptables": lambda mesh: ambient.enrolment(mesh, Backend.IPTABLES),
+    "slow-ack": ambient.slow_ack,
+    "restart-nftables": lambda mesh: ambient.restart(mesh, Backend.NFTABLES),
+    "restart-iptables": lambda mesh: ambient.restart(mesh, Backend.IPTABLES),
     "repair": agent.repairs,
     "idle": agent.idling,
 }
