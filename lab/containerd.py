@@ -97,7 +97,9 @@ class Containerd:
         partial.rename(self.conf_dir / CONF_NAME)
 
     def netns_path(self, sandbox: Sandbox) -> str:
-        """Return the path from outside of the sandbox's netns."""
+        """Return the path from outside of the sandbox's netns; that of the node for one on the host's network."""
+        if not sandbox.netns:
+            return self.node.netns
         return str(self.node.path(sandbox.netns.replace("/var/run/", "/run/")))
 
 

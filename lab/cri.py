@@ -32,7 +32,7 @@ class CriError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """A running pod sandbox; `netns` is the path as the node sees it, `addresses` v4 first."""
+    """A running pod sandbox; `netns` is as the node sees it, empty on the host's network; addresses v4 first."""
 
     id: str
     namespace: str
@@ -49,10 +49,10 @@ class Sandbox:
 class CriClient:
     """Calls of the runtime behind the unix socket at `socket_path`; thread-safe."""
 
-    def __init__(self, socket_path: Path, cgroup_parent: str) -> None:
+    def __init__(self, socket_path: Path, cgroup_root: str) -> None:
         self._messages = load_messages()
         self._channel = grpc.insecure_channel(f"unix:{socket_path}")
-        self._cgroup_parent = cgroup_parent
+        self._cgroup_root = cgroup_root
 
     def close(self) -> None:
         """End the connection."""
@@ -73,14 +73,23 @@ class CriClient:
         networks = [network for network in info["Networks"] if network["Config"]["Name"] != "cni-loopback"]
         return [plugin["Network"]["type"] for plugin in networks[0]["Config"]["Plugins"]] if networks else []
 
-    def run_sandbox(self, namespace: str, name: str, uid: str, labels: dict[str, str] | None = None) -> Sandbox:
-        """Start a sandbox, with its network; CriError carries the CNI error when a plugin refused."""
+    def run_sandbox(
+        self, namespace: str, name: str, uid: str, *, attempt: int = 0, host_network: bool = False
+    ) -> Sandbox:
+        """Start a sandbox, with its network; CriError carries the CNI error when a plugin refused.
+
+        Its cgroup is named as the kubelet's cgroupfs driver does. `attempt` counts the sandboxes of one pod.
+        """
         pb = self._messages
+        network = pb.NamespaceMode.Value("NODE" if host_network else "POD")
         config = pb.PodSandboxConfig(
-            metadata=pb.PodSandboxMetadata(name=name, uid=uid, namespace=namespace),
-            hostname=name,
-            labels={"io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": namespace, **(labels or {})},
-            linux=pb.LinuxPodSandboxConfig(cgroup_parent=self._cgroup_parent),
+            metadata=pb.PodSandboxMetadata(name=name, uid=uid, namespace=namespace, attempt=attempt),
+            hostname="" if host_network else name,
+            labels={"io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": namespace},
+            linux=pb.LinuxPodSandboxConfig(
+                cgroup_parent=f"{self._cgroup_root}/kubepods/besteffort/pod{uid}",
+                security_context=pb.LinuxSandboxSecurityContext(namespace_options=pb.NamespaceOption(network=network)),
+            ),
         )
         identifier = self._call("RunPodSandbox", config=config).pod_sandbox_id
         return self.sandbox(identifier)
@@ -90,7 +99,7 @@ class CriClient:
         answer = self._call("PodSandboxStatus", pod_sandbox_id=identifier, verbose=True)
         status, network = answer.status, answer.status.network
         kinds = json.loads(answer.info["info"])["runtimeSpec"]["linux"]["namespaces"]
-        netns = next(kind["path"] for kind in kinds if kind["type"] == "network")
+        netns = next((kind["path"] for kind in kinds if kind["type"] == "network"), "")
         addresses = (network.ip, *(extra.ip for extra in network.additional_ips))
         metadata = status.metadata
         ordered = tuple(sorted(filter(None, addresses), key=lambda address: ":" in address))

@@ -18,6 +18,7 @@ from lab.cri import CriError, Sandbox
 from lab.envoy import Envoy, Mode
 from lab.node import Node, wait_until
 from lab.objects import NODE_NAME, daemonset_object, namespace_object
+from lab.standin import StandIn
 from lab.traffic import EchoServers
 from meshcni import istio
 
@@ -36,6 +37,12 @@ class RunningPod:
     sandbox: Sandbox
     netns: str
     envoy: Envoy | None = None
+    attempt: int = 0
+
+    @property
+    def uid(self) -> str:
+        """The pod's UID."""
+        return self.sandbox.uid
 
     @property
     def name(self) -> str:
@@ -65,6 +72,7 @@ class Mesh:
             self.api.do(lambda server: server.add("nodes", {"metadata": {"name": NODE_NAME, "labels": {}}}))
             self.api.do(lambda server: server.add("daemonsets", daemonset_object(AGENT_NAMESPACE)))
             self.pods: list[RunningPod] = []
+            self.ztunnels: dict[str, StandIn] = {}
             self._stack = stack.pop_all()
         return self
 
@@ -105,26 +113,84 @@ class Mesh:
         self.api.do(lambda server: server.cut_watches(PODS_PATH))
 
     def start_pod(self, pod: Mapping[str, Any], *, in_api: bool = True, retry_seconds: float = 0.0) -> RunningPod:
-        """Start the sandbox of `pod`, and serve its application port; its proxy, if any, is not started.
+        """Start the sandbox of `pod`, report its addresses, serve its application port; its proxy is not started.
 
         With `retry_seconds` a refused sandbox is tried again for so long, as a kubelet does. Raises CriError.
         """
-        metadata = pod["metadata"]
         if in_api:
             self.add_object(pod)
+        sandbox = self._run_sandbox(pod, retry_seconds)
+        running = RunningPod(pod, sandbox, self.runtime.netns_path(sandbox))
+        self.pods.append(running)
+        self.report(running)
+        if sandbox.netns:
+            self.servers.serve(running.netns, APP_PORT)
+        return running
+
+    def restart_sandbox(self, pod: RunningPod, retry_seconds: float = 0.0) -> RunningPod:
+        """Give a running pod another sandbox, as a kubelet does when the first one has died."""
+        attempt = pod.attempt + 1
+        self.stop_sandbox(pod)
+        sandbox = self._run_sandbox(pod.object, retry_seconds, attempt)
+        running = RunningPod(pod.object, sandbox, self.runtime.netns_path(sandbox), attempt=attempt)
+        self.pods.append(running)
+        self.report(running)
+        self.servers.serve(running.netns, APP_PORT)
+        return running
+
+    def _run_sandbox(self, pod: Mapping[str, Any], retry_seconds: float, attempt: int = 0) -> Sandbox:
+        metadata = pod["metadata"]
+        host_network = bool(pod["spec"].get("hostNetwork"))
         deadline = time.monotonic() + retry_seconds
         while True:
             try:
-                sandbox = self.runtime.cri.run_sandbox(metadata["namespace"], metadata["name"], metadata["uid"])
-                break
+                return self.runtime.cri.run_sandbox(
+                    metadata["namespace"],
+                    metadata["name"],
+                    metadata["uid"],
+                    attempt=attempt,
+                    host_network=host_network,
+                )
             except CriError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(RETRY_SECONDS)
-        running = RunningPod(pod, sandbox, self.runtime.netns_path(sandbox))
-        self.pods.append(running)
-        self.servers.serve(running.netns, APP_PORT)
-        return running
+
+    def report(self, pod: RunningPod, phase: str = "Running") -> None:
+        """Tell the API server what a kubelet does: the pod's phase and, where it has a network, its addresses."""
+        status: dict[str, Any] = {"phase": phase}
+        if pod.sandbox.addresses:
+            status["podIP"] = pod.sandbox.addresses[0]
+            status["podIPs"] = [{"ip": address} for address in pod.sandbox.addresses]
+        self.api.do(lambda server: patch_pod(server, pod, {"status": status}, "status"))
+
+    def label_pod(self, pod: RunningPod, labels: Mapping[str, str | None]) -> None:
+        """Change labels of a pod in the API server; None removes one."""
+        self.api.do(lambda server: patch_pod(server, pod, {"metadata": {"labels": dict(labels)}}))
+
+    def annotate_pod(self, pod: RunningPod, annotations: Mapping[str, str | None]) -> None:
+        """Change annotations of a pod in the API server; None removes one."""
+        self.api.do(lambda server: patch_pod(server, pod, {"metadata": {"annotations": dict(annotations)}}))
+
+    def label_namespace(self, name: str, labels: Mapping[str, str | None]) -> None:
+        """Change labels of a namespace in the API server; None removes one."""
+        self.api.do(lambda server: server.patch("namespaces", "", name, {"metadata": {"labels": dict(labels)}}))
+
+    def api_object(self, pod: RunningPod) -> dict[str, Any]:
+        """Return the pod as the API server has it; empty when it has none of that UID."""
+        return self.api.do(lambda server: known_object(server, pod))
+
+    def redirection(self, pod: RunningPod) -> str:
+        """Return what the annotation `ambient.istio.io/redirection` of a pod says; empty when it is not there."""
+        annotations = self.api_object(pod).get("metadata", {}).get("annotations", {})
+        return str(annotations.get(istio.AMBIENT_REDIRECTION, ""))
+
+    def start_ztunnel(self, name: str = "ztunnel") -> StandIn:
+        """Start the stand-in for ztunnel of that name, unless it runs, and wait until it is ready."""
+        if name not in self.ztunnels:
+            self.ztunnels[name] = StandIn(self.node, self.agent, name)
+        self.ztunnels[name].ensure()
+        return self.ztunnels[name]
 
     def start_proxy(self, pod: RunningPod, mode: Mode | None = None) -> Envoy:
         """Start Envoy in a pod, in the mode that the pod asks for, and wait until it is live."""
@@ -178,8 +244,21 @@ def legacy_tables_loaded(node: Node, netns: str) -> bool:
     return bool(node.run(["sh", "-c", "cat /proc/net/ip_tables_names 2>/dev/null || true"], netns=netns).strip())
 
 
+def known_object(server: ApiServer, pod: RunningPod) -> dict[str, Any]:
+    """Return the object of a pod, empty when there is none or another pod has its name."""
+    for known in server.cluster.objects("pods"):
+        if known["metadata"]["uid"] == pod.uid:
+            return known
+    return {}
+
+
+def patch_pod(server: ApiServer, pod: RunningPod, patch: dict[str, Any], subresource: str = "") -> None:
+    """Change a pod in the API server, if it is there."""
+    if known_object(server, pod):
+        server.patch("pods", pod.sandbox.namespace, pod.name, patch, subresource)
+
+
 def forget_pod(server: ApiServer, pod: RunningPod) -> None:
     """Delete a pod in the API server, if it is there."""
-    keys = {(known["metadata"]["namespace"], known["metadata"]["name"]) for known in server.cluster.objects("pods")}
-    if (pod.sandbox.namespace, pod.name) in keys:
+    if known_object(server, pod):
         server.delete_pod(pod.sandbox.namespace, pod.name)

@@ -23,6 +23,7 @@ def parse(arguments: list[str]) -> Options:
     parser.add_argument("--socket", required=True, help="the agent's ztunnel.sock")
     parser.add_argument("--control", default="", help="answer orders on this Unix socket, a JSON object a line")
     parser.add_argument("--record", default="", help="append every message to this file, a JSON object a line")
+    parser.add_argument("--record-connections", action="store_true", help="and every connection that is led on")
     parser.add_argument("--listen", action="store_true", help="serve pods: listen in their netns and forward")
     parser.add_argument("--ipv4-only", action="store_true", help="listen on 0.0.0.0 instead of [::]")
     parser.add_argument("--name", action="append", default=[], metavar="NAME=ADDRESS", help="answer DNS with this")
@@ -43,6 +44,7 @@ def parse(arguments: list[str]) -> Options:
     return Options(
         socket=values.socket,
         record=values.record,
+        record_connections=values.record_connections,
         control=values.control,
         listen=values.listen,
         ipv6=not values.ipv4_only,

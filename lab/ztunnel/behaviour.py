@@ -80,6 +80,7 @@ class Options:
 
     socket: str
     record: str = ""
+    record_connections: bool = False
     control: str = ""
     listen: bool = False
     ipv6: bool = True

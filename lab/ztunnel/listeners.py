@@ -87,14 +87,17 @@ def make_transparent(made: socket.socket) -> None:
 
 
 def upstream_socket(destination: Address, source: str | None) -> socket.socket:
-    """A socket for a connection to `destination`, from the address `source` when there is one. Raises OSError."""
+    """A socket for a connection to `destination`, from the address `source` when there is one. Raises OSError.
+
+    It has its port already, by which the receiver's view of the connection can be told to be ours.
+    """
     family = socket.AF_INET6 if ":" in destination[0] else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         mark(made)
         if source is not None:
             make_transparent(made)
-            made.bind((source, 0))
+        made.bind((source or "", 0))
     except OSError:
         made.close()
         raise

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 
 from lab.ztunnel import dns
 from lab.ztunnel.listeners import (
@@ -30,11 +31,12 @@ CONNECT_SECONDS = 10.0
 
 
 class Starter:
-    """Starts proxies; `names` are what DNS answers."""
+    """Starts proxies; `names` are what DNS answers, `tell` hears of each connection before anything of it is led on."""
 
-    def __init__(self, *, ipv6: bool, names: Mapping[str, str]) -> None:
+    def __init__(self, *, ipv6: bool, names: Mapping[str, str], tell: Callable[..., None] | None = None) -> None:
         self._ipv6 = ipv6
         self._names = names
+        self._tell = tell
         self._proxies: set[PodProxy] = set()
 
     async def __call__(self, uid: str, netns: int) -> PodProxy:
@@ -46,7 +48,8 @@ class Starter:
             raise StartError(f"Setns: EINVAL: {error.message}") from None
         except OSError as error:
             raise StartError(str(error)) from None
-        proxy = PodProxy(os.dup(netns), self._names)
+        tell = partial(self._tell, "connection", uid=uid) if self._tell is not None else None
+        proxy = PodProxy(os.dup(netns), self._names, tell)
         for direction, listener in listeners:
             await proxy.serve(direction, listener)
         self._proxies = {each for each in self._proxies if not each.is_closed} | {proxy}
@@ -64,9 +67,10 @@ class Starter:
 class PodProxy:
     """What serves one pod. `netns` is its own."""
 
-    def __init__(self, netns: int, names: Mapping[str, str]) -> None:
+    def __init__(self, netns: int, names: Mapping[str, str], tell: Callable[..., None] | None = None) -> None:
         self._netns = netns
         self._names = names
+        self._tell = tell
         self._servers: list[asyncio.Server] = []
         self._datagrams: list[asyncio.DatagramTransport] = []
         self.busy: set[asyncio.Task[None]] = set()
@@ -138,22 +142,28 @@ class PodProxy:
         if destination[1] == PORTS[direction] or self.is_closed:
             return  # it was meant for us: leading it on would be a loop
         source = plain(accepted.getpeername()[0]) if direction == INBOUND else None
-        upstream = await self._connect(destination, source)
+        upstream = await self._upstream(destination, source)
+        try:
+            if self._tell is not None:
+                self._tell(
+                    direction=direction,
+                    client=_text(accepted.getpeername()),
+                    port=upstream.getsockname()[1],
+                    destination=_text(destination),
+                )
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await asyncio.get_running_loop().sock_connect(upstream, destination)
+        except BaseException:
+            upstream.close()
+            raise
         inner, outer = await asyncio.open_connection(sock=upstream)
         try:
             await asyncio.gather(self._copy(direction, reader, outer), self._copy(direction, inner, writer))
         finally:
             outer.close()
 
-    async def _connect(self, destination: Address, source: str | None) -> socket.socket:
-        made = await run_in_netns(self._netns, lambda: upstream_socket(destination, source))
-        try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                await asyncio.get_running_loop().sock_connect(made, destination)
-        except BaseException:
-            made.close()
-            raise
-        return made
+    async def _upstream(self, destination: Address, source: str | None) -> socket.socket:
+        return await run_in_netns(self._netns, lambda: upstream_socket(destination, source))
 
     async def _copy(self, direction: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(CHUNK_BYTES):
@@ -192,3 +202,8 @@ class Datagrams(asyncio.DatagramProtocol):
         response = self._proxy.answer(data)
         if response is not None and self._transport is not None:
             self._transport.sendto(response, addr)
+
+
+def _text(address: Address) -> str:
+    """`10.0.0.1 8080`."""
+    return f"{plain(address[0])} {address[1]}"

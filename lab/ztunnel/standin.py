@@ -39,7 +39,8 @@ class StandIn:
         self.options = options
         self.behaviour = options.behaviour
         self.record = Recorder(options.record)
-        self.starter = Starter(ipv6=options.ipv6, names=options.names) if options.listen else None
+        tell = self.record if options.record_connections else None
+        self.starter = Starter(ipv6=options.ipv6, names=options.names, tell=tell) if options.listen else None
         start = self.starter if self.starter is not None else start_nothing
         self.workloads = Workloads(start, self.record, self._end)
         self.link = AgentLink(options.socket, self.workloads, self.record, self._behaviour)
