@@ -18,9 +18,10 @@ from typing import TypeVar
 from meshcni.errors import CNI_TRY_AGAIN_LATER, MeshCniError
 from meshcni.host import brancheni, hostrules
 from meshcni.host.backends.detection import VariantChoice
+from meshcni.host.backends.libnftables import Nft
 from meshcni.host.kubelet import kubelet_uid
 from meshcni.host.netns import open_netns, run_in_netns
-from meshcni.host.probeset import IpsetProbeSet, NftProbeSet, ProbeSet
+from meshcni.host.probeset import NO_COMMENTS, IpsetProbeSet, NftProbeSet, ProbeSet
 from meshcni.rules.model import Backend, Family
 
 T = TypeVar("T")
@@ -63,8 +64,10 @@ class HostSide:
         self._choose = choose
         self._alone = asyncio.Lock()
         self._netns: int | None = None
+        self._nft = Nft()  # its socket is opened, and stays, in the host's netns: a deletion is dear when it is closed
         self._branches: dict[Address, brancheni.BranchRules] = {}
-        self._branch_eni = config.branch_eni and brancheni.is_enabled(config.proc_root)
+        self._branch_eni = False
+        self._without_owners = False  # the kernel keeps no comments
 
     async def start(self) -> None:
         """Adopt the set, put the rules in place; tries until it works. `trouble` says why not meanwhile."""
@@ -84,26 +87,33 @@ class HostSide:
     async def put(self, uid: str, addresses: Collection[Address]) -> None:
         """Make `addresses` the pod's, and drop what else it had. Raises MeshCniError."""
         await self._until_ready()
+        versions = {family.value for family in self.config.families}
+        addresses = [address for address in addresses if address.version in versions]
         stale = [address for address, owner in self.owners.items() if owner == uid and address not in addresses]
         async with self._alone:
             new = dict.fromkeys(addresses, uid)
-            await self._in_host(lambda: self._set().put(new))
+            there = {address: self.owners[address] for address in new if address in self.owners}
+            await self._in_host(lambda: self._set().put(new, there))
             self.owners.update(new)
         await self._delete(uid, stale)
         if self._branch_eni:
             await self._follow_branches(addresses)
 
-    async def adopt(self, claims: dict[Address, str], known_uids: Collection[str]) -> None:
+    async def adopt(self, claims: dict[Address, str], known_uids: Collection[str], *, complete: bool) -> None:
         """At the start: claim what pods have, and drop entries of pods that are no more. Raises MeshCniError.
 
-        An entry of a pod that is known, but whose address is not, stays.
+        An entry of a pod that is known, but whose address is not, stays; without owners in the set, every entry stays
+        unless the addresses of all pods are known (`complete`).
         """
         await self._until_ready()
         async with self._alone:
             stale = [address for address, uid in self.owners.items() if address not in claims and uid not in known_uids]
+            if self._without_owners and not complete:
+                stale = []
             new = {address: uid for address, uid in claims.items() if self.owners.get(address) != uid}
             if new:
-                await self._in_host(lambda: self._set().put(new))
+                there = {address: self.owners[address] for address in new if address in self.owners}
+                await self._in_host(lambda: self._set().put(new, there))
             if stale:
                 await self._in_host(lambda: self._set().delete(stale))
             self.owners.update(new)
@@ -160,7 +170,9 @@ class HostSide:
 
     def _set(self) -> ProbeSet:
         config = self.config
-        return NftProbeSet(config.families) if config.backend is Backend.NFTABLES else IpsetProbeSet(config.families)
+        if config.backend is Backend.NFTABLES:
+            return NftProbeSet(config.families, self._nft)
+        return IpsetProbeSet(config.families)
 
     def _other_set(self) -> ProbeSet:
         """The set of the other backend; of both families, because the earlier agent's settings are not known."""
@@ -179,17 +191,25 @@ class HostSide:
         choice = await self._choose()
         uid = await asyncio.to_thread(self._kubelet_uid)
         self.owners = await self._in_host(lambda: self._make(uid, choice))
+        if self.config.branch_eni:
+            self._branch_eni, branches = await self._in_host(self._look_at_branches)
+            self._branches = {rules.address: rules for rules in branches if rules.address is not None}
+            if branches:
+                log.info("adopted the policy rules of %d branch interfaces", len(branches))
 
     def _make(self, uid: int | None, choice: VariantChoice | None) -> dict[Address, str]:
         """Sets, then the rules that look into them, then the other backend's go. Returns the set's entries."""
         ours, other = self._set(), self._other_set()
         ours.ensure()
+        self._without_owners = ours.warning == NO_COMMENTS
+        if ours.warning:
+            log.warning("the set of probed addresses: %s", ours.warning)
         missing = {address: owner for address, owner in other.entries().items() if owner}
         entries = ours.entries()
         missing = {address: owner for address, owner in missing.items() if address not in entries}
         if missing:
             log.info("taking %d addresses over from the %s set", len(missing), other.variant)
-            ours.put(missing)
+            ours.put(missing, {})
         self._rules(uid, choice)
         other.destroy()
         return ours.entries()
@@ -226,10 +246,14 @@ class HostSide:
         kept, probes = self._kept(), self._set()
         probes.ensure()
         there = probes.entries()
-        wrong = {address: uid for address, uid in kept.items() if there.get(address) != uid}
+        wrong = {
+            address: uid
+            for address, uid in kept.items()
+            if address not in there or (there[address] != uid and not self._without_owners)
+        }
         extra = [address for address in there if address not in kept]
         if wrong:
-            probes.put(wrong)
+            probes.put(wrong, there)
         if extra:
             probes.delete(extra)
         said = [f"the set of probed addresses lacked {address}" for address in wrong if address not in there]
@@ -251,7 +275,7 @@ class HostSide:
                 del self.owners[address]
             branches = [rules for address in mine if (rules := self._branches.pop(address, None)) is not None]
             if branches:
-                await self._in_host(lambda: _remove_branches(branches))
+                await self._in_host(lambda: self._remove_branches(branches))
 
     async def _follow_branches(self, addresses: Collection[Address]) -> None:
         """Lead probes of pods behind an AWS branch interface back by it; a failure is said and stops nothing."""
@@ -261,19 +285,27 @@ class HostSide:
             except (MeshCniError, OSError) as error:
                 log.warning("no policy rules for the branch interface of %s: %s", address, error)
                 continue
+            before = self._branches.pop(address, None)
             if rules is not None:
                 self._branches[address] = rules
+            if before is not None and before != rules:
+                await self._in_host(partial(self._remove_branches, [before]))
+
+    def _look_at_branches(self) -> tuple[bool, tuple[brancheni.BranchRules, ...]]:
+        """Whether the node has branch interfaces (its own sysctl tells), and the rules that an earlier agent left."""
+        return brancheni.is_enabled(self.config.proc_root), brancheni.observe()
 
     def _take_away(self) -> None:
         hostrules.remove_host()
         for probes in (self._set(), self._other_set()):
             probes.destroy()
-        _remove_branches(list(self._branches.values()))
+        self._branches.clear()
+        self._remove_branches(list(brancheni.observe()))
 
-
-def _remove_branches(branches: list[brancheni.BranchRules]) -> None:
-    for rules in branches:
-        try:
-            brancheni.remove(rules)
-        except (MeshCniError, OSError) as error:
-            log.warning("policy rules of a branch interface stay: %s", error)
+    def _remove_branches(self, branches: list[brancheni.BranchRules]) -> None:
+        """Remove rules, but none that another pod's need."""
+        for rules in branches:
+            try:
+                brancheni.remove(rules, keep=tuple(self._branches.values()))
+            except (MeshCniError, OSError) as error:
+                log.warning("policy rules of a branch interface stay: %s", error)

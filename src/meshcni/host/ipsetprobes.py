@@ -60,7 +60,7 @@ class IpsetProbeSet:
                 found |= {entry.address: entry.comment for entry in entries if entry.address is not None}
         return reachable(found)
 
-    def put(self, owners: Mapping[IpAddress, str]) -> None:
+    def put(self, owners: Mapping[IpAddress, str], there: Mapping[IpAddress, str] | None = None) -> None:
         """See ProbeSet."""
         with self._kernel() as kernel:
             for family, own in by_family(checked(owners), self._families).items():

@@ -44,11 +44,11 @@ class NftProbeSet:
             found |= self._elements(family)
         return reachable(found)
 
-    def put(self, owners: Mapping[IpAddress, str]) -> None:
+    def put(self, owners: Mapping[IpAddress, str], there: Mapping[IpAddress, str] | None = None) -> None:
         """See ProbeSet; all in one transaction."""
         sets = by_family(checked(owners), self._families)
         changes = {
-            family: nftset.put(NFT_TABLE, SET_NAMES[family], own, self._elements(family))
+            family: nftset.put(NFT_TABLE, SET_NAMES[family], own, self._elements(family) if there is None else there)
             for family, own in sets.items()
         }
         try:

@@ -38,10 +38,11 @@ class ProbeSet(Protocol):
     def entries(self) -> dict[IpAddress, str]:
         """Return every address with its comment as it is: a pod's UID, or whatever somebody else wrote, or nothing."""
 
-    def put(self, owners: Mapping[IpAddress, str]) -> None:
+    def put(self, owners: Mapping[IpAddress, str], there: Mapping[IpAddress, str] | None = None) -> None:
         """Put addresses in, or give those that are there their new owner's UID; makes missing sets.
 
-        Raises RulesError for what is no UID.
+        `there` is what the caller believes to be in the sets, which saves looking; wrong beliefs cost time, except that
+        an address believed to have the right owner is left alone. Raises RulesError for what is no UID.
         """
 
     def delete(self, addresses: Iterable[IpAddress]) -> None:
@@ -75,7 +76,7 @@ class FakeProbeSet:
         """See ProbeSet."""
         return {address: comment for address, comment in self.held.items() if Family(address.version) in self._families}
 
-    def put(self, owners: Mapping[IpAddress, str]) -> None:
+    def put(self, owners: Mapping[IpAddress, str], there: Mapping[IpAddress, str] | None = None) -> None:
         """See ProbeSet."""
         self._perhaps_refuse()
         for own in by_family(checked(owners), self._families).values():
