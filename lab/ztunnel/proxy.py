@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from typing import cast
 
 from lab.ztunnel import dns
 from lab.ztunnel.listeners import (
@@ -139,7 +140,7 @@ class PodProxy:
             return  # we have no certificate to offer
         accepted = writer.get_extra_info("socket")
         destination = original_destination(accepted)
-        if destination[1] == PORTS[direction] or self.is_closed:
+        if destination[1] in PORTS.values() or self.is_closed:
             return  # it was meant for us: leading it on would be a loop
         source = plain(accepted.getpeername()[0]) if direction == INBOUND else None
         upstream = await self._upstream(destination, source)
@@ -194,8 +195,7 @@ class Datagrams(asyncio.DatagramProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the way to answer."""
-        assert isinstance(transport, asyncio.DatagramTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.DatagramTransport, transport)  # in Python 3.11 it is none by its class
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         """Answer a query."""
