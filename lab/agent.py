@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lab import namespaces
 from lab.ambient import ambient_environment
@@ -122,6 +124,21 @@ class Agent:
     def metrics(self) -> str:
         """Return /metrics."""
         return self.get(istio.METRICS_PORT, "/metrics")[1]
+
+    def status(self) -> dict[str, Any]:
+        """Return what `install-cni status` says."""
+        found: dict[str, Any] = json.loads(self.command("status", "-o", "json"))
+        return found
+
+    def command(self, *arguments: str) -> str:
+        """Run a sub-command of `install-cni` as with `kubectl exec`; returns its output."""
+        return self.node.run([str(AGENT), *arguments], environment=self.environment())
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of the series of a metric that have these labels."""
+        series = re.findall(rf"^{name}(?:\{{(.*?)\}})? (\S+)$", self.metrics(), re.MULTILINE)
+        wanted = {f'{key}="{value}"' for key, value in labels.items()}
+        return sum(float(value) for text, value in series if wanted <= set(text.split(",")))
 
     def terminate(self) -> int:
         """Send SIGTERM, as the kubelet does, and return the exit status."""

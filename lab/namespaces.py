@@ -83,6 +83,18 @@ def connect(netns: str, address: str, port: int, timeout_seconds: float = 5.0) -
     return call_in_netns(netns, make)
 
 
+def datagram(address: str, port: int, timeout_seconds: float) -> socket.socket:
+    """Make a UDP socket in the calling thread's netns that talks to one server."""
+    made = socket.socket(family_of(address), socket.SOCK_DGRAM)
+    made.settimeout(timeout_seconds)
+    try:
+        made.connect((address, port))
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
 def listen(netns: str, address: str, port: int) -> socket.socket:
     """Open a listening TCP socket inside `netns`; port 0 takes a free one."""
 

@@ -1,7 +1,8 @@
 """Servers that tell a client which address they saw, and clients, inside the netns of pods.
 
 Both are sockets of this process that belong to the pod's netns, so the kernel treats them as the application's: they
-are root's, not the proxy's.
+are root's, not the proxy's. A server answers REQUEST with the client's address and port, as it sees them, and ends the
+connection; anything else it sends back.
 """
 
 from __future__ import annotations
@@ -9,12 +10,20 @@ from __future__ import annotations
 import selectors
 import socket
 import threading
+from typing import NamedTuple
 
 from lab import namespaces
 
 REQUEST = b"who am I?\n"
 CLIENT_SECONDS = 5.0
 ANY = ("0.0.0.0", "::")
+
+
+class Peer(NamedTuple):
+    """A client as a server sees it."""
+
+    address: str
+    port: int
 
 
 class EchoServers:
@@ -67,13 +76,17 @@ class EchoServers:
         except OSError:  # the client has gone again
             return
         client.setblocking(False)
-        self._selector.register(client, selectors.EVENT_READ, str(peer[0]))
+        self._selector.register(client, selectors.EVENT_READ, Peer(str(peer[0]), int(peer[1])))
 
-    def _answer(self, client: object, peer: str) -> None:
+    def _answer(self, client: object, peer: Peer) -> None:
         assert isinstance(client, socket.socket)
         try:
-            if client.recv(len(REQUEST)):
-                client.send(f"{peer}\n".encode())
+            data = client.recv(4096)
+            if data and data != REQUEST:
+                client.send(data)
+                return
+            if data:
+                client.send(f"{peer.address} {peer.port}\n".encode())
         except OSError:
             pass
         self._close(client)
@@ -87,11 +100,17 @@ class EchoServers:
 def address_seen(netns: str, address: str, port: int, timeout_seconds: float = CLIENT_SECONDS) -> str:
     """Connect from inside `netns` and return the client address that the server saw; OSError when nobody answers."""
     with namespaces.connect(netns, address, port, timeout_seconds) as client:
-        client.sendall(REQUEST)
-        answer = b""
-        while not answer.endswith(b"\n"):
-            part = client.recv(256)
-            if not part:
-                raise ConnectionResetError(f"[{address}]:{port} closed the connection without an answer")
-            answer += part
-    return answer.decode().strip()
+        return ask(client).address
+
+
+def ask(client: socket.socket) -> Peer:
+    """Send REQUEST on a connection and return what the server answers; OSError when it does not."""
+    client.sendall(REQUEST)
+    answer = b""
+    while not answer.endswith(b"\n"):
+        part = client.recv(256)
+        if not part:
+            raise ConnectionResetError("the connection was closed without an answer")
+        answer += part
+    seen, port = answer.decode().split()
+    return Peer(seen, int(port))

@@ -1,4 +1,4 @@
-"""One node for the whole tier; each test starts its own pods on it and leaves it as it was."""
+"""One node for sidecars and one for ambient mode; each test starts its own pods there and leaves it as it was."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lab.agent import Agent, AgentOptions
 from lab.containerd import GATEWAY_V4, GATEWAY_V6
 from lab.mesh import Mesh
 from lab.node import LabUnavailableError
+from tests.node.ambientworld import remove_pods
 
 OUTSIDE_PORT = 9090
 OTHER_OUTSIDE_PORT = 9091
@@ -23,6 +24,15 @@ BACKENDS = {
 
 @pytest.fixture(scope="session")
 def node_mesh() -> Iterator[Mesh]:
+    yield from running_mesh()
+
+
+@pytest.fixture(scope="session")
+def ambient_node() -> Iterator[Mesh]:
+    yield from running_mesh()
+
+
+def running_mesh() -> Iterator[Mesh]:
     mesh = Mesh()
     try:
         mesh.__enter__()
@@ -44,6 +54,18 @@ def mesh(node_mesh: Mesh) -> Iterator[Mesh]:
     node_mesh.api.do(lambda server: server.clear_faults())
     for pod in list(node_mesh.pods):
         node_mesh.remove_pod(pod)
+
+
+@pytest.fixture
+def ambient(ambient_node: Mesh) -> Iterator[Mesh]:
+    """A node for ambient mode; agent and stand-in are as the test before left them."""
+    mesh = ambient_node
+    yield mesh
+    mesh.api.do(lambda server: server.clear_faults())
+    remove_pods(mesh, list(mesh.pods))
+    for name, ztunnel in mesh.ztunnels.items():
+        if name != "ztunnel":
+            ztunnel.kill()
 
 
 @pytest.fixture

@@ -10,13 +10,19 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from meshcni.cli.ambientflags import NODE_FLAGS, RUNTIME_FLAG, families_of, read_node
+from meshcni.cli.ambientrules import this_machine
+from meshcni.cli.given import settle
 from meshcni.cli.podfiles import DEFAULT_NAMESPACE, POLICY_FLAGS, assess_manifest, load_namespace, read_policy
-from meshcni.cli.show import assessment_object
+from meshcni.cli.show import Explained, explained_object
 from meshcni.errors import KubeError, MeshCniError, PodSpecError, UsageError
 from meshcni.pflag import Flag, ParsedFlags, go_bool, help_text, parse
+from meshcni.pods.ambientsettings import AmbientNode
 from meshcni.pods.assess import Assessment, assess, unreadable
 from meshcni.pods.eligibility import Policy, Verdict
 from meshcni.pods.model import Namespace, Pod, namespace_from_object
+from meshcni.pods.outlook import prospect_of
+from meshcni.rules.ambient import pod_ruleset
 from meshcni.rules.model import Backend, Family, Ruleset
 from meshcni.rules.narrate import as_objects, words
 from meshcni.rules.sidecar import sidecar_ruleset
@@ -28,14 +34,19 @@ USAGE: Final = (
     "Usage: meshcni explain pod --file POD.yaml [--namespace-file NS.yaml] [--format text|json]\n"
     "       meshcni explain pod NAMESPACE/NAME [--kubeconfig FILE] [--format text|json]"
 )
+_BACKEND_FLAG: Final = Flag(
+    "native-nftables", "", "bool", "false", ("NATIVE_NFTABLES",), "show the rules as nftables gets them"
+)
 FLAGS: Final = (
     Flag("file", "f", help="manifest of the pod; - for standard input"),
     Flag("namespace-file", help="manifest of its namespace, for ambient mode"),
     Flag("format", "o", default="text", help="text or json"),
     Flag("kubeconfig", env=("KUBECONFIG",), help="how to reach the cluster; within a pod its service account"),
     Flag("context", help="context of the kubeconfig; empty: its current one"),
-    Flag("native-nftables", "", "bool", "false", ("NATIVE_NFTABLES",), "show the rules as nftables gets them"),
+    _BACKEND_FLAG,
     *POLICY_FLAGS,
+    *NODE_FLAGS,
+    RUNTIME_FLAG,
 )
 
 
@@ -64,17 +75,22 @@ def _run(argv: Sequence[str]) -> int:
     if output not in ("text", "json"):
         raise UsageError(f"flag --format is {output!r}", "write text or json")
     policy = read_policy(parsed, os.environ)
+    own_address = this_machine(os.environ).own_address
+    node, origins = read_node(parsed, os.environ, lambda version: own_address(version, ""))
+    backend = settle(_BACKEND_FLAG, parsed, os.environ).read(_read_backend)
     pod, assessment = _assess(parsed, policy)
-    ruleset = _ruleset(pod, assessment, _backend(parsed))
+    prospect = prospect_of(pod, assessment.decision, node)
+    explained = Explained(pod, assessment, prospect, origins)
+    ruleset = _ruleset(explained, node, backend)
     lines = words(ruleset) if ruleset else []
     if output == "json":
-        shown = assessment_object(pod, assessment)
-        print(json.dumps({**shown, "rules": lines, "ruleset": as_objects(ruleset) if ruleset else None}, indent=2))
+        shown = {**explained_object(explained), "rules": lines, "ruleset": as_objects(ruleset) if ruleset else None}
+        print(json.dumps(shown, indent=2))
     else:
-        from meshcni.cli.explaintext import print_assessment
+        from meshcni.cli.explaintext import print_explained
 
-        print_assessment(pod, assessment, lines)
-    return 1 if assessment.decision.verdict is Verdict.ERROR else 0
+        print_explained(explained, lines)
+    return 1 if prospect.decision.verdict is Verdict.ERROR else 0
 
 
 def _assess(parsed: ParsedFlags, policy: Policy) -> tuple[Pod, Assessment]:
@@ -124,20 +140,21 @@ def _access(parsed: ParsedFlags, environment: Mapping[str, str]) -> Access:
     return KubeconfigFile(path or str(Path.home() / ".kube" / "config"), parsed.text("context") or "")
 
 
-def _backend(parsed: ParsedFlags) -> Backend:
-    text = parsed.text("native-nftables") or os.environ.get("NATIVE_NFTABLES") or "false"
-    try:
-        return Backend.NFTABLES if go_bool(text) else Backend.IPTABLES
-    except ValueError as error:
-        raise UsageError(f"--native-nftables or env NATIVE_NFTABLES: {error}") from error
+def _read_backend(text: str) -> Backend:
+    return Backend.NFTABLES if go_bool(text) else Backend.IPTABLES
 
 
-def _ruleset(pod: Pod, assessment: Assessment, backend: Backend) -> Ruleset | None:
-    """Return the rules for the families of the pod's addresses, for both when it has none yet."""
-    if assessment.derived is None:
+def _ruleset(explained: Explained, node: AmbientNode, backend: Backend) -> Ruleset | None:
+    """Return the rules: a sidecar's by the families of the pod's addresses (both when it has none yet), ambient ones
+    by the node's choice.
+    """
+    pod, sidecar, ambient = explained.pod, explained.assessment.derived, explained.prospect.derived
+    if ambient is not None:
+        return pod_ruleset(ambient.parameters, families_of(node), backend)
+    if sidecar is None:
         return None
     families = frozenset(Family) if not pod.ips else frozenset({Family.V4, *map(_family, pod.ips)})
-    return sidecar_ruleset(assessment.derived.interception, families, backend)
+    return sidecar_ruleset(sidecar.interception, families, backend)
 
 
 def _family(ip: str) -> Family:

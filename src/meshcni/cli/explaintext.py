@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from meshcni.cli.show import parameter_objects
-from meshcni.pods.annotations import DEFAULT_ORIGIN
-from meshcni.pods.assess import Assessment
+from meshcni import istio
+from meshcni.cli.given import DEFAULT_ORIGIN
+from meshcni.cli.show import Explained
 from meshcni.pods.eligibility import Verdict
-from meshcni.pods.model import Pod
 
 STYLES: Final = {Verdict.SIDECAR: "green", Verdict.AMBIENT: "cyan", Verdict.SKIP: "yellow", Verdict.ERROR: "bold red"}
 MEANINGS: Final = {
@@ -25,41 +25,41 @@ MEANINGS: Final = {
 PIPE_COLUMNS: Final = 160  # where nobody looks at a terminal, lines are not broken at 80
 
 
-def print_assessment(pod: Pod, assessment: Assessment, words: list[str]) -> None:
+def print_explained(explained: Explained, words: list[str]) -> None:
     """Print everything known about a pod to standard output."""
     console = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
-    decision = assessment.decision
+    decision, outlook = explained.prospect.decision, explained.prospect.outlook
     console.print(
         Text.assemble(
-            (pod.full_name, "bold"),
+            (explained.pod.full_name, "bold"),
             ": ",
             (decision.verdict.value, STYLES[decision.verdict]),
             f", {MEANINGS[decision.verdict]}",
         )
     )
-    for label, text in (
-        ("why", decision.reason.text),
-        ("evidence", decision.evidence),
-        ("reason", decision.reason.code),
-    ):
-        console.print(Text.assemble((f"  {label:<9}", "dim"), text))
-    if assessment.error is not None and assessment.error.hint:
-        console.print(Text.assemble(("  next     ", "dim"), assessment.error.hint))
-    for warning in assessment.warnings:
-        console.print(Text.assemble(("  warning  ", "yellow"), warning))
-    if assessment.derived is not None:
+    lines = [("why", decision.reason.text), ("evidence", decision.evidence), ("reason", decision.reason.code)]
+    if annotation := explained.prospect.annotation.value:
+        lines.append(("state", f"annotation {istio.AMBIENT_REDIRECTION}={annotation}"))
+    if outlook is not None:
+        lines.append(("next", outlook.text))
+    if explained.error is not None and explained.error.hint:
+        lines.append(("to do" if outlook else "next", explained.error.hint))
+    for label, text in lines:
+        # On a terminal it breaks lines, elsewhere nobody does: a sentence stays one line to search in.
+        console.print(Text.assemble((f"  {label:<9}", "dim"), text), soft_wrap=True)
+    for warning in explained.warnings:
+        console.print(Text.assemble(("  warning  ", "yellow"), warning), soft_wrap=True)
+    if explained.parameters is not None:
         console.print()
-        console.print(_parameters(assessment))
+        console.print(_parameters(explained.parameters))
     if words:
         console.print()
         console.print(Text("Rules", style="bold"))
         console.print(_rules(words))
 
 
-def _parameters(assessment: Assessment) -> Table:
-    assert assessment.derived is not None
+def _parameters(objects: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table("parameter", "value", "from", box=None, header_style="bold", pad_edge=False)
-    objects = parameter_objects(assessment.derived.interception, assessment.derived.origins)
     for name, shown in objects.items():
         style = "dim" if shown["origin"] == DEFAULT_ORIGIN else ""
         table.add_row(name, Text(_value(shown["value"])), Text(shown["origin"]), style=style)

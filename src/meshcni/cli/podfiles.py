@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from meshcni import istio
-from meshcni.cli.ruleparameters import Given
+from meshcni.cli.given import Given, settle
 from meshcni.errors import MeshCniError, PodSpecError, SettingError, UsageError
 from meshcni.pflag import Flag, ParsedFlags, go_bool
 from meshcni.pods.assess import Assessment, assess, unreadable
@@ -38,14 +38,7 @@ POLICY_FLAGS: Final = (  # the agent's own variables, so that `explain` within i
 
 def read_policy(parsed: ParsedFlags, environment: Mapping[str, str]) -> Policy:
     """Take the policy from flags, else from the agent's variables; an empty variable counts as unset."""
-    given = {}
-    for flag in POLICY_FLAGS:
-        typed, variable = parsed.text(flag.name), environment.get(flag.env[0])
-        given[flag.name] = (
-            Given(variable or flag.default, f"env {flag.env[0]}")
-            if typed is None
-            else Given(typed, f"flag --{flag.name}")
-        )
+    given = {flag.name: settle(flag, parsed, environment) for flag in POLICY_FLAGS}
     return Policy(
         exclude_namespaces=frozenset(
             name.strip() for name in given["exclude-namespaces"].text.split(",") if name.strip()

@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Final, TypeVar
 
 from meshcni import istio
-from meshcni.errors import UsageError
+from meshcni.cli.given import Given
 from meshcni.pflag import go_bool, go_int
 from meshcni.pods.interception import (
     EVERYTHING,
@@ -45,21 +45,6 @@ class Lookups:
     user: Callable[[str], int | None]
     group: Callable[[str], int | None]
     resolver_text: Callable[[], str]
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """The text of one flag or variable, and where it stands (`flag --proxy-uid`, `env PROXY_UID`)."""
-
-    text: str
-    origin: str
-
-    def read(self, reader: Callable[[str], T]) -> T:
-        """Convert the text; UsageError names the origin and the text."""
-        try:
-            return reader(self.text)
-        except ValueError as error:
-            raise UsageError(f"{self.origin} is {self.text!r}: {error}") from error
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+from meshcni.cli.given import DEFAULT_ORIGIN
+from meshcni.errors import PodSpecError
+from meshcni.pods.ambient import AmbientParameters
 from meshcni.pods.assess import Assessment
+from meshcni.pods.eligibility import Decision, Verdict
 from meshcni.pods.interception import Interception, NumberRange
 from meshcni.pods.model import Pod
-from meshcni.rules import iptables, nft
-from meshcni.rules.model import Backend, Family, Ruleset
+from meshcni.pods.outlook import STEP_WORDS, Outlook, Prospect
+from meshcni.rules import iproute, iptables, nft
+from meshcni.rules.iproute import mark_words
+from meshcni.rules.model import Backend, Family, Purpose, Ruleset
+from meshcni.rules.nft_layout import LAYOUTS
+
+Parameters = Interception | AmbientParameters
 
 RESTORE = {Family.V4: "iptables-restore --noflush", Family.V6: "ip6tables-restore --noflush"}
+
+
+# --- pods and parameters ----------------------------------------------------------------------------------------------
 
 
 def plain(value: object) -> object:
@@ -33,38 +46,139 @@ def camel_case(name: str) -> str:
     return first + "".join(word.capitalize() for word in rest)
 
 
-def parameter_objects(parameters: Interception, origins: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return every parameter with its value and where that came from."""
+def parameter_values(parameters: Parameters) -> dict[str, Any]:
+    """Return every parameter with its value."""
+    return {camel_case(one.name): plain(getattr(parameters, one.name)) for one in fields(parameters)}
+
+
+def parameter_objects(parameters: Parameters, origins: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return every parameter with its value and where that came from; `origins` is by field."""
     return {
-        camel_case(one.name): {"value": plain(getattr(parameters, one.name)), "origin": origins[one.name]}
+        camel_case(one.name): {
+            "value": plain(getattr(parameters, one.name)),
+            "origin": origins.get(one.name, DEFAULT_ORIGIN),
+        }
         for one in fields(parameters)
     }
 
 
 def assessment_object(pod: Pod, assessment: Assessment) -> dict[str, Any]:
     """Return what is known about a pod: verdict, reason, evidence, warnings, error, parameters."""
-    decision, derived, error = assessment.decision, assessment.derived, assessment.error
+    derived, error = assessment.derived, assessment.error
     return {
         "pod": {"namespace": pod.namespace, "name": pod.name},
-        "verdict": decision.verdict.value,
-        "reason": decision.reason.code,
-        "message": decision.reason.text,
-        "evidence": decision.evidence,
+        **_decision_object(assessment.decision),
         "warnings": list(assessment.warnings),
-        "error": {"message": error.message, "hint": error.hint} if error else None,
+        "error": _error_object(error) if error else None,
         "parameters": parameter_objects(derived.interception, derived.origins) if derived else None,
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """All that is known about a pod: its assessment, and what ambient mode makes of it.
+
+    `origins` says by field where the node's ambient parameters come from, which annotations of the pod override.
+    """
+
+    pod: Pod
+    assessment: Assessment
+    prospect: Prospect
+    origins: Mapping[str, str]
+
+    @property
+    def error(self) -> PodSpecError | None:
+        """What is wrong with the pod's parameters."""
+        return self.assessment.error or self.prospect.problem
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """All that was passed over, or works otherwise than one may think."""
+        return (*self.assessment.warnings, *self.prospect.warnings)
+
+    @property
+    def parameters(self) -> dict[str, dict[str, Any]] | None:
+        """The parameters of its rules, each with its origin; None when it gets no rules."""
+        sidecar, ambient = self.assessment.derived, self.prospect.derived
+        if ambient is not None:
+            return parameter_objects(ambient.parameters, {**self.origins, **ambient.origins})
+        return parameter_objects(sidecar.interception, sidecar.origins) if sidecar else None
+
+
+def explained_object(explained: Explained) -> dict[str, Any]:
+    """Return what is known about a pod, with the annotation of its redirection and what comes next."""
+    prospect, error = explained.prospect, explained.error
+    return {
+        **assessment_object(explained.pod, explained.assessment),
+        **_decision_object(prospect.decision),
+        "warnings": list(explained.warnings),
+        "error": _error_object(error) if error else None,
+        "parameters": explained.parameters,
+        "redirection": prospect.annotation.value,
+        "next": _outlook_object(prospect.outlook),
+    }
+
+
+def _decision_object(decision: Decision) -> dict[str, str]:
+    return {
+        "verdict": decision.verdict.value,
+        "reason": decision.reason.code,
+        "message": decision.reason.text,
+        "evidence": decision.evidence,
+    }
+
+
+def _error_object(error: PodSpecError) -> dict[str, str]:
+    return {"message": error.message, "hint": error.hint}
+
+
+def _outlook_object(outlook: Outlook | None) -> dict[str, Any] | None:
+    if outlook is None:
+        return None
+    return {
+        "text": outlook.text,
+        "steps": [{"step": step.value, "words": STEP_WORDS[step]} for step in outlook.steps],
+        "whenAgentStarts": [{"step": step.value, "words": STEP_WORDS[step]} for step in outlook.when_agent_starts],
+    }
+
+
+def print_decision(form: str, pod: Pod, decision: Decision, shown: Mapping[str, Any]) -> int:
+    """Print why a pod gets no rules of the kind asked for, `shown` with format json; returns the exit status."""
+    if form == "json":
+        print(json.dumps(shown, indent=2))
+    else:
+        print(f"{pod.full_name}: {decision.verdict.value}. {decision.reason.text} ({decision.evidence})")
+    return 1 if decision.verdict is Verdict.ERROR else 0
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
 def script(ruleset: Ruleset, backend: Backend) -> str:
-    """Return the text for the tools: one nft transaction, or one restore input per family; the rest as comments."""
-    families = [family for family in Family if family in ruleset.families]
+    """Return the text for the tools: one nft transaction, or one restore input per family; the rest as comments.
+
+    For a pod of ambient mode the comments come first, as the agent makes rule and route before the packet rules.
+    """
     if backend is Backend.NFTABLES:
         parts = ["# nft -f -\n" + nft.render(ruleset)]
     else:
-        parts = [f"# IPv{family.value}: {RESTORE[family]}\n" + iptables.render(ruleset, family) for family in families]
-    commands = [
-        *(f"ip -{rule.family.value} rule add fwmark {rule.mark} lookup {rule.table}" for rule in ruleset.policy_rules),
+        parts = [
+            f"# IPv{family.value}: {RESTORE[family]}\n" + iptables.render(ruleset, family)
+            for family in _ordered(ruleset)
+        ]
+    if ruleset.purpose is Purpose.SIDECAR:
+        parts.append(_commented(_sidecar_commands(ruleset)))
+    else:
+        parts.insert(0, _commented(iproute.render(ruleset).splitlines()))
+    return "\n".join(filter(None, parts))
+
+
+def _sidecar_commands(ruleset: Ruleset) -> list[str]:
+    return [
+        *(
+            f"ip -{rule.family.value} rule add fwmark {mark_words(rule)} lookup {rule.table}"
+            for rule in ruleset.policy_rules
+        ),
         *(
             f"ip -{route.destination.version} route add local {route.destination} dev lo table {route.table}"
             for route in ruleset.routes
@@ -74,9 +188,6 @@ def script(ruleset: Ruleset, backend: Backend) -> str:
             for item in ruleset.addresses
         ),
     ]
-    if commands:
-        parts.append("".join(f"# {command}\n" for command in commands))
-    return "\n".join(parts)
 
 
 def removal_script(backend: Backend) -> str:
@@ -84,3 +195,32 @@ def removal_script(backend: Backend) -> str:
     if backend is Backend.NFTABLES:
         return "# nft -f -\n" + nft.render_removal()
     return "# Every ISTIO_ chain, every jump to one and every rule of ours is taken out, as --apply finds them.\n"
+
+
+def removal_of(ruleset: Ruleset, backend: Backend) -> str:
+    """Return the text for the tools that takes out what `script` puts in, in the order of a removal."""
+    if backend is Backend.NFTABLES:
+        parts = ["# nft -f -\n" + nft.render_removal(ruleset.purpose, _chains_in_shared_tables(ruleset))]
+    else:
+        parts = [
+            f"# IPv{family.value}: {RESTORE[family]}\n"
+            + iptables.render_removal(iptables.expected(ruleset, family), purpose=ruleset.purpose)
+            for family in _ordered(ruleset)
+        ]
+    parts.append(_commented(iproute.render(ruleset).replace(" add ", " del ").splitlines()))
+    return "\n".join(filter(None, parts))
+
+
+def _chains_in_shared_tables(ruleset: Ruleset) -> Mapping[str, tuple[str, ...]] | None:
+    """Return the nft chains to take out where the tables stay; None where whole tables go."""
+    if not LAYOUTS[ruleset.purpose].is_shared:
+        return None
+    return {table: tuple(chains) for table, chains in nft.expected(ruleset).tables.items()}
+
+
+def _ordered(ruleset: Ruleset) -> list[Family]:
+    return [family for family in Family if family in ruleset.families]
+
+
+def _commented(commands: list[str]) -> str:
+    return "".join(f"# {command}\n" for command in commands)

@@ -6,16 +6,18 @@ by flag. Upstream: tools/istio-iptables/pkg/cmd/root.go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from meshcni import istio
-from meshcni.cli.ruleparameters import Given, Lookups, read_interception, read_port
+from meshcni.cli.given import Given, one_of
+from meshcni.cli.ruleflags import ACTIONS, RuleCommand, parse_flags, read_actions
+from meshcni.cli.ruleparameters import Lookups, read_interception, read_port
 from meshcni.errors import UsageError
-from meshcni.pflag import READERS, Flag, Kind, go_bool, go_duration, parse
+from meshcni.pflag import READERS, Flag, Kind, go_bool, go_duration
 from meshcni.pods.interception import Interception
-from meshcni.rules.model import Backend, Family
+from meshcni.rules.model import Family
 
 
 def _flag(
@@ -52,11 +54,7 @@ PARAMETERS: Final = (
     _switch("dual-stack", "any IPv6 address counts, see --family-policy", istio.ENV_DUAL_STACK),
 )
 
-ACTIONS: Final = (
-    Flag("apply", "", "bool", "false", (), "program the current network namespace, as an ADD would"),
-    Flag("pod", "", "string", "", (), "take the parameters from this pod manifest instead of from flags"),
-    Flag("backend", "", "string", "", (), "iptables or nftables; empty: as --native-nftables says"),
-    Flag("format", "", "string", "script", (), "what to print: script, json or words"),
+WAYS: Final = (
     Flag("families", "", "string", "both", (), "what to print without --apply: ipv4, ipv6 or both"),
     _flag(
         "family-policy",
@@ -65,12 +63,7 @@ ACTIONS: Final = (
         "when --apply makes IPv6 rules: by-address, if the netns has a global IPv6 address; original, if its first "
         "address is one, or any with --dual-stack",
     ),
-    _switch("native-nftables", "nftables instead of iptables"),
-    _flag("force-iptables-binary", "", "", "legacy or nft; empty: found by looking"),
-    _switch("cleanup-only", "take our rules out and put none in"),
-    _switch("dry-run", "program nothing, whatever --apply says", short="n"),
     _switch("skip-rule-apply", "program nothing, whatever --apply says"),
-    _flag("network-namespace", "", "", "with --apply, the network namespace to program instead of the current one"),
     _switch(
         "run-validation", "at last try whether redirection works; run as the proxy's user; status 126: it does not"
     ),
@@ -89,88 +82,56 @@ IGNORED: Final = (  # applying is repeatable here, over whatever an earlier run 
     Flag("log_target", kind="strings", help="accepted"),
 )
 
-FLAGS: Final = (*PARAMETERS, *ACTIONS, *IGNORED)
+FLAGS: Final = (*PARAMETERS, *ACTIONS, *WAYS, *IGNORED)
 FAMILIES: Final[Mapping[str, frozenset[Family]]] = {
     "both": frozenset(Family),
     "ipv4": frozenset({Family.V4}),
     "ipv6": frozenset({Family.V6}),
 }
-FORMATS: Final = ("script", "json", "words")
 FAMILY_POLICIES: Final = ("by-address", "original", "")  # an empty variable is the first
-FORCED_BINARIES: Final = ("", "legacy", "nft")
 
 
-@dataclass(frozen=True, slots=True)
-class SidecarCommand:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SidecarCommand(RuleCommand):
     """A `rules sidecar` command line, understood. `interception` is None when the pod in `pod_file` decides."""
 
     interception: Interception | None
-    pod_file: str
-    backend: Backend
-    format: str
     families: frozenset[Family]
     family_policy: str
-    apply: bool
-    cleanup_only: bool
-    force_iptables: str
-    netns_path: str
     validate: bool
     probe_port: int
     probe_timeout_seconds: float
-    warnings: tuple[str, ...]
 
 
 def read_command(arguments: Sequence[str], environment: Mapping[str, str], lookups: Lookups) -> SidecarCommand | None:
     """Understand a command line, None when it asks for help. UsageError says what is wrong and where it stands."""
-    parsed = parse(FLAGS, arguments)
+    parsed = parse_flags(FLAGS, arguments)
     if parsed.help:
         return None
-    if parsed.rest:
-        raise UsageError(f"unexpected argument {parsed.rest[0]!r}", "parameters are flags; --help lists them")
     warnings: list[str] = []
     given = {flag.name: _resolve(flag, parsed.values.get(flag.name), environment, warnings) for flag in FLAGS}
     on = {flag.name: given[flag.name].read(go_bool) for flag in FLAGS if flag.kind == "bool"}
     for flag in IGNORED:
         given[flag.name].read(READERS[flag.kind])
-    pod_file = given["pod"].text
+    actions = read_actions(given)
     doubled = next((flag for flag in PARAMETERS if flag.name in parsed.values), None)
-    if pod_file and doubled:
+    if actions["pod_file"] and doubled:
         raise UsageError(f"--pod together with {doubled.spelling}", "either the pod or flags give the parameters")
     interception = None
-    if not pod_file:
+    if not actions["pod_file"]:
         interception, more = read_interception(given, environment, lookups)
         warnings += more
+    actions["apply"] &= not on["skip-rule-apply"]
     return SidecarCommand(
+        **actions,
         interception=interception,
-        pod_file=pod_file,
-        backend=_backend(given["backend"], on["native-nftables"]),
-        format=given["format"].read(_one_of(FORMATS)),
-        families=FAMILIES[given["families"].read(_one_of(FAMILIES))],
-        family_policy=given["family-policy"].read(_one_of(FAMILY_POLICIES)) or FAMILY_POLICIES[0],
-        apply=on["apply"] and not on["dry-run"] and not on["skip-rule-apply"],
-        cleanup_only=on["cleanup-only"],
-        force_iptables=given["force-iptables-binary"].read(_one_of(FORCED_BINARIES)),
-        netns_path=given["network-namespace"].text,
+        families=FAMILIES[given["families"].read(one_of(tuple(FAMILIES)))],
+        family_policy=given["family-policy"].read(one_of(FAMILY_POLICIES)) or FAMILY_POLICIES[0],
         validate=on["run-validation"],
         probe_port=given["iptables-probe-port"].read(read_port),
         probe_timeout_seconds=given["probe-timeout"].read(go_duration),
         warnings=tuple(warnings),
     )
-
-
-def _backend(given: Given, native_nftables: bool) -> Backend:
-    if given.text:
-        return Backend(given.read(_one_of([backend.value for backend in Backend])))
-    return Backend.NFTABLES if native_nftables else Backend.IPTABLES
-
-
-def _one_of(choices: Sequence[str] | Mapping[str, object]) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"write {', '.join(choice or 'nothing' for choice in choices)}")
-        return text
-
-    return read
 
 
 def _resolve(flag: Flag, typed: str | list[str] | None, environment: Mapping[str, str], warnings: list[str]) -> Given:

@@ -55,7 +55,9 @@ INJECTION_OFF = Reason("injection-disabled", "Injection is switched off for it."
 NOT_INJECTED = Reason("not-injected", "The injector has not put a sidecar into it.", Verdict.SKIP)
 INTERCEPTION_NONE = Reason("interception-none", "It asks for no interception.", Verdict.SKIP)
 SIDECAR_INJECTED = Reason("sidecar-injected", "It has an injected sidecar.", Verdict.SIDECAR)
-BAD_PARAMETERS = Reason("bad-parameters", "It has a sidecar, but a parameter of its rules is invalid.", Verdict.ERROR)
+BAD_PARAMETERS = Reason(
+    "bad-parameters", "It belongs to the mesh, but a parameter of its rules is invalid.", Verdict.ERROR
+)
 UNREADABLE = Reason("unreadable-pod", "A field of it has a wrong type.", Verdict.ERROR)
 
 REASONS: Final = (

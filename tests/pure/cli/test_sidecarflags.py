@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshcni.cli.ruleflags import FLAGS, PARAMETERS, SidecarCommand, read_command
 from meshcni.cli.ruleparameters import Lookups, name_servers
+from meshcni.cli.sidecarflags import FLAGS, PARAMETERS, SidecarCommand, read_command
 from meshcni.errors import UsageError
 from meshcni.pods.interception import EVERYTHING, Interception, InterceptionMode, NumberRange
 from meshcni.rules.model import Backend, Family
@@ -264,6 +264,7 @@ ACTIONS: dict[str, tuple[list[str], dict[str, str], dict[str, Any]]] = {
     "family policy": ([], {"FAMILY_POLICY": "original"}, {"family_policy": "original"}),
     "an empty family policy": ([], {"FAMILY_POLICY": ""}, {"family_policy": "by-address"}),
     "cleanup": (["--cleanup-only"], {}, {"cleanup_only": True}),
+    "cleanup in short": (["--cleanup"], {}, {"cleanup_only": True}),
     "netns": (["--network-namespace", "/run/netns/a"], {}, {"netns_path": "/run/netns/a"}),
     "validation": (
         ["--run-validation", "--iptables-probe-port", "0x10", "--probe-timeout=1m"],

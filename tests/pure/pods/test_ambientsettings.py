@@ -33,13 +33,13 @@ def test_the_word_for_the_nodes_own_address(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "0.0.0.0", "127.0.0.1", "224.0.0.1", "fd00::1", "1.2.3", "host"])
 def test_no_ipv4_probe(text: str) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         read_probe_v4(text)
 
 
 @pytest.mark.parametrize("text", ["", "::", "::1", "ff02::1", "fe80::1%eth0", "192.0.2.1"])
 def test_no_ipv6_probe(text: str) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         read_probe_v6(text)
 
 
@@ -58,12 +58,12 @@ def test_probe_addresses(
     own: Mapping[int, IPv4Address | IPv6Address],
     found: tuple[IPv4Address, IPv6Address],
 ) -> None:
-    assert probe_addresses(v4, v6, own.get) == found
+    assert probe_addresses(v4, v6, lambda version: own.get(version)) == found
 
 
 def test_a_node_without_an_ipv4_address() -> None:
     with pytest.raises(SettingError, match="no IPv4 address"):
-        probe_addresses(HOST_IP, V6, {}.get)
+        probe_addresses(HOST_IP, V6, lambda _version: None)
 
 
 def test_runtime_patterns() -> None:
