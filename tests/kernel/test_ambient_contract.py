@@ -16,7 +16,7 @@ from itertools import product
 import pytest
 from tests.kernel import ambient_oracle
 from tests.kernel.ambient_oracle import Texts
-from tests.kernel.test_contract import Listing, listing, new_netns, settled
+from tests.kernel.listings import Listing, listing, new_netns, settled
 from tests.kernel.world import COMMAND, KIND, Netns, node_choice
 
 from meshcni.host.ambient import apply_pod, prepare_routes, remove_pod, verify_pod

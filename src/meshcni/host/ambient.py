@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from meshcni.errors import ApplyError
 from meshcni.host import routes
+from meshcni.host.backends import PacketBackend
 from meshcni.host.backends.detection import VariantChoice
 from meshcni.host.netns import facts
 from meshcni.host.redirection import (
@@ -76,15 +77,16 @@ def verify_pod(
     return verify_ruleset(ruleset, backend, force_iptables=force_iptables, choice=choice)
 
 
-def remove_pod() -> None:
+def remove_pod(backends: Iterable[PacketBackend] | None = None) -> None:
     """Take the ambient rules of every backend out, then the policy rules, then the routes; nothing there is fine.
 
     A sidecar's rules beside which there are no ambient ones stay, whatever says that this pod was ambient. A part that
-    fails does not keep the others from going. Raises ApplyError, with all that failed.
+    fails does not keep the others from going. `backends` None stands for all that this image has.
+    Raises ApplyError, with all that failed.
     """
     problems: list[ApplyError] = []
     try:
-        _remove_packet_rules(problems)
+        _remove_packet_rules(all_backends(Purpose.AMBIENT_POD) if backends is None else backends, problems)
     except ApplyError as error:  # a kernel that does not even show its rules
         problems.append(error)
     try:
@@ -95,8 +97,8 @@ def remove_pod() -> None:
         raise ApplyError("; ".join(problem.message for problem in problems), problems[0].hint)
 
 
-def _remove_packet_rules(problems: list[ApplyError]) -> None:
-    holding = [(backend, names) for backend in all_backends(Purpose.AMBIENT_POD) if (names := backend.own_names())]
+def _remove_packet_rules(backends: Iterable[PacketBackend], problems: list[ApplyError]) -> None:
+    holding = [(backend, names) for backend in backends if (names := backend.own_names())]
     if _TRACES.isdisjoint(name for _backend, names in holding for name in names):
         return
     for backend, _names in holding:
