@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.agent.ambientscene import AmbientScene, new_ambient_scene
 from tests.agent.contract import Node
 from tests.agent.scene import Scene, new_scene
 
@@ -17,3 +18,9 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 @pytest.fixture
 def node(scene: Scene) -> Node:
     return Node(scene)
+
+
+@pytest.fixture
+def ambient(scene: Scene) -> Iterator[AmbientScene]:
+    with new_ambient_scene(scene) as made:
+        yield made
