@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from tests.cli.netns import Netns, new_netns
 
 SOURCES = str(Path(__file__).parents[2] / "src")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -26,3 +27,17 @@ def run() -> Run:
         return subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, timeout=60)
 
     return run_it
+
+
+@pytest.fixture
+def netns() -> Iterator[Netns]:
+    """A network namespace of this test's own."""
+    with new_netns() as made:
+        yield made
+
+
+@pytest.fixture
+def other_netns() -> Iterator[Netns]:
+    """Another one, to compare with."""
+    with new_netns() as made:
+        yield made

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Run
+from tests.cli.netns import ADDRESS, Netns
 
-ADDRESS = "240.240.240.240/32"  # the pod's one address; class E is nobody's
 ADDRESS_V6 = "fd00:240::1/128"
 POD = """
 apiVersion: v1
@@ -29,43 +25,6 @@ spec:
   - name: istio-proxy
 """
 BACKENDS = ("iptables", "nftables")
-
-
-class Netns:
-    """A network namespace with one address, entered by `ip netns exec`."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.prefix = ["ip", "netns", "exec", name]
-
-    def __call__(self, *command: str, stdin: str | None = None) -> str:
-        done = subprocess.run(
-            [*self.prefix, *command], input=stdin, capture_output=True, text=True, check=True, timeout=30
-        )
-        return done.stdout
-
-    def listing(self) -> str:
-        """All that we may program here, counters set to zero, comments left out."""
-        parts = [self("iptables-nft-save"), self("ip6tables-nft-save"), self("nft", "list", "ruleset", "inet")]
-        parts += [
-            self("ip", family, *what.split()) for family in ("-4", "-6") for what in ("rule", "route list table all")
-        ]
-        parts += [self("ip", "address", "show", "dev", "lo")]
-        text = "\n".join(line for part in parts for line in part.splitlines() if not line.startswith("#"))
-        return re.sub(r"packets \d+ bytes \d+", "packets 0 bytes 0", re.sub(r"\[\d+:\d+\]", "[0:0]", text))
-
-
-@pytest.fixture
-def netns(request: pytest.FixtureRequest) -> Iterator[Netns]:
-    name = f"mc-cli-{os.getpid()}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    try:
-        inside = Netns(name)
-        inside("ip", "link", "set", "lo", "up")
-        inside("ip", "address", "add", ADDRESS, "dev", "lo")
-        yield inside
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
 @pytest.fixture
