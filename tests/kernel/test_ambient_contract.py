@@ -258,6 +258,7 @@ def chain_sizes(text: str) -> dict[tuple[str, str], int]:
 ELEMENTS = {"istio-inpod-probes-v4": ("inet", "10.0.0.1"), "istio-inpod-probes-v6": ("inet6", "fd00::1")}
 FOREIGN = """\
 *filter
+:ISTIO_POSTRT - [0:0]
 :KUBE-FORWARD - [0:0]
 -A FORWARD -j KUBE-FORWARD
 COMMIT

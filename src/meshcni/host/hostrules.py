@@ -45,7 +45,7 @@ def verify_host(
 ) -> tuple[str, ...]:
     """Return in words how the host differs from what `apply_host` makes; empty when it is right.
 
-    Starts no process with nftables, one for each family with iptables. Raises RulesError, ApplyError.
+    Starts no process with nftables, two for each family with iptables. Raises RulesError, ApplyError.
     """
     ruleset = host_ruleset(probe_v4, probe_v6, families, backend, kubelet_uid)
     return verify_ruleset(ruleset, backend, force_iptables=force_iptables, choice=choice)

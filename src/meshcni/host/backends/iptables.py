@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fcntl import ioctl
 from functools import lru_cache
 
@@ -19,6 +19,7 @@ from meshcni.errors import ApplyError
 from meshcni.host.backends import families_of, xtables
 from meshcni.host.backends.libnftables import Nft
 from meshcni.host.capabilities import complaint, missing_capabilities
+from meshcni.istio import AMBIENT_HOST_CHAIN
 from meshcni.rules import iptables, plan
 from meshcni.rules.iptables_observed import is_own_chain
 from meshcni.rules.model import BUILT_IN_CHAINS, Backend, Family, Purpose, Ruleset, TableName
@@ -44,12 +45,16 @@ ENVIRONMENT = {**HOST_ENVIRONMENT, "XTABLES_LOCKFILE": "/proc/thread-self/ns/net
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """Absolute paths of one variant's commands, by family; `nsenter` is empty where there is none."""
+    """Absolute paths of one variant's commands, by family; `nsenter` is empty where there is none.
+
+    `chains` lists single chains, which only the host's rules need.
+    """
 
     variant: str
     restore: Mapping[Family, str]
     save: Mapping[Family, str]
     nsenter: str = ""
+    chains: Mapping[Family, str] = field(default_factory=dict)
 
 
 @lru_cache(16)  # an image's tools stay where they are
@@ -58,16 +63,18 @@ def find_tools(variant: str, search_path: tuple[str, ...] = SEARCH_PATH) -> Tool
 
     A command without variant in its name counts when it is a link to the variant's multi-call binary.
     """
-    restore = {family: _find(command, variant, "restore", search_path) for family, command in _COMMAND.items()}
-    save = {family: _find(command, variant, "save", search_path) for family, command in _COMMAND.items()}
+    restore, save, chains = (
+        {family: _find(command, variant, suffix, search_path) for family, command in _COMMAND.items()}
+        for suffix in ("-restore", "-save", "")
+    )
     if not restore[Family.V4] or not save[Family.V4]:
         return None
-    return Tools(variant, restore, save, _first_executable(("nsenter",), search_path))
+    return Tools(variant, restore, save, _first_executable(("nsenter",), search_path), chains)
 
 
 def _find(command: str, variant: str, suffix: str, search_path: tuple[str, ...]) -> str:
-    exact = _first_executable((f"{command}-{variant}-{suffix}",), search_path)
-    plain = "" if exact else _first_executable((f"{command}-{suffix}",), search_path)
+    exact = _first_executable((f"{command}-{variant}{suffix}",), search_path)
+    plain = "" if exact else _first_executable((f"{command}{suffix}",), search_path)
     if plain and f"xtables-{variant}-" in os.path.realpath(plain):
         return plain
     return exact
@@ -171,16 +178,35 @@ class IptablesBackend:
         return any(is_own_chain(name, self._purpose) for chains in tables.values() for name in chains)
 
     def _chains(self, family: Family) -> Mapping[str, tuple[str, ...]]:
-        """Return the chains of each table of `family` that exists, asked without a process."""
+        """Return the chains of each table of `family` that exists, asked without a process; on the host only of nat."""
         if self.variant == "legacy":
-            return xtables.chains(family)
-        listed = self._nft.chains().items()
-        return {table: chains for (kind, table), chains in listed if kind == _NFT_FAMILY[family]}
+            tables = xtables.chains(family)
+        else:
+            listed = self._nft.chains().items()
+            tables = {table: chains for (kind, table), chains in listed if kind == _NFT_FAMILY[family]}
+        if self._purpose is Purpose.AMBIENT_HOST:
+            return {table: chains for table, chains in tables.items() if table == TableName.NAT.value}
+        return tables
 
     def _save(self, family: Family) -> str:
         # From outside: the list of legacy tables in /proc is not for the root of another user namespace.
-        only = ["-t", TableName.NAT.value] if self._purpose is Purpose.AMBIENT_HOST else []
-        return self._run([self._path(self._tools.save, family), *only])
+        if self._purpose is Purpose.AMBIENT_HOST:
+            return self._save_host_chains(family)
+        return self._run([self._path(self._tools.save, family)])
+
+    def _save_host_chains(self, family: Family) -> str:
+        """Return what a save command would print of our chain and the one that leads to it.
+
+        A host has ten thousands of rules, of which the nft variant's save command would fetch and print each one.
+        """
+        table, command = TableName.NAT.value, self._path(self._tools.chains, family)
+        lines = [f"*{table}"]
+        for chain in ("POSTROUTING", AMBIENT_HOST_CHAIN):
+            text = self._run([command, f"--wait={WAIT_SECONDS}", "-t", table, "-S", chain])
+            declaration, *rules = text.splitlines()
+            policy = declaration.split()[2] if declaration.startswith("-P ") else "-"
+            lines += [f":{chain} {policy} [0:0]", *rules]
+        return "\n".join([*lines, "COMMIT", ""])
 
     def _restore(self, texts: Mapping[Family, str]) -> None:
         """Load each family's text, one after the other: the kernel lists tables in the order of their making."""
