@@ -102,9 +102,12 @@ def test_without_a_connection(run: Callable[..., None]) -> None:
         assert w.server.acked("u") is None
         assert not await w.server.wait_connected(0.01)
         waiting = asyncio.create_task(w.server.wait_connected(20))
-        await w.greeted()
+        peer = await w.greeted()
         assert await waiting
         assert await w.server.wait_connected(0)
+        peer.close()
+        await eventually("the end", lambda: not w.server.has_connection)
+        assert not await w.server.wait_connected(0.01)
 
     run(body)
 
@@ -289,6 +292,27 @@ def test_a_refusal_reaches_the_caller_and_only_that(run: Callable[..., None]) ->
     run(body)
 
 
+@pytest.mark.parametrize("answer_", ["", "no"])
+def test_what_is_under_way_is_not_known(run: Callable[..., None], answer_: str) -> None:
+    async def body(w: World) -> None:
+        w.enrol("a", "b")
+        peer = await w.live()
+        other = Netns()
+        tasks = [begin(w.server.add(w.pod("a", netns=other))), begin(w.server.delete("b"))]
+        assert w.server.acked("a") == w.server.acked("b") == w.netns.inode
+        for uid in "ab":
+            await peer.request()
+            assert w.server.acked(uid) is None
+            peer.ack(answer_)
+            await ticks()
+        assert w.server.acked("a") == (None if answer_ else other.inode)
+        assert w.server.acked("b") is None
+        await asyncio.gather(*tasks, return_exceptions=True)
+        other.close()
+
+    run(body)
+
+
 @pytest.mark.parametrize("size", [1000, 1504, 60000])
 def test_a_long_reason_is_not_lost(run: Callable[..., None], size: int) -> None:
     async def body(w: World) -> None:
@@ -448,20 +472,59 @@ def test_an_end_while_waiting_fails_everything_that_waits(run: Callable[..., Non
     run(body)
 
 
+async def fill(w: World, peer: Peer) -> int:
+    """Have the peer's socket full of Dels that it acknowledged without having read them; returns how many."""
+    count = 0
+    while True:
+        task = begin(w.server.delete(f"{count:0900d}"))
+        await ticks()
+        if w.statuses()[0].state == "live-write":
+            task.cancel()
+            return count
+        count += 1
+        peer.ack()
+        await task
+
+
 def test_a_ztunnel_that_does_not_read_is_given_up(run: Callable[..., None]) -> None:
     async def body(w: World) -> None:
+        before = open_descriptors()
         peer = await w.live()
-        peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        for number in range(100_000):
-            task = begin(w.server.delete(f"{number:0900d}"))
-            await ticks()
-            if w.statuses()[0].state == "live-write":
-                break
-            peer.ack()  # without having read what
-            await task
-        error = await failure(task)
-        assert error.cause == "timeout"
+        await fill(w, peer)
+        task = begin(w.server.add(w.pod("u")))
+        assert (await failure(task)).cause == "closed"
         assert w.closed == ["write-timeout"]
+        assert w.messages[-2:] == [("del", "timeout"), ("add", "closed")]
+        peer.close()
+        assert open_descriptors() == before
+
+    run(body, deadline_seconds=SHORT_SECONDS)
+
+
+def test_an_add_that_cannot_be_written_lets_go_of_its_descriptor(run: Callable[..., None]) -> None:
+    async def body(w: World) -> None:
+        before = open_descriptors()
+        peer = await w.live()
+        count = await fill(w, peer)
+        for _ in range(count):
+            await peer.request()
+            await ticks()
+            if w.statuses()[0].state == "live-wait":  # there is room again
+                break
+        peer.ack()
+        long = Workload("l", "n" * 900, "shop", "default", w.netns.fd, 1)
+        tasks = []
+        while w.statuses()[0].state != "live-write":
+            tasks.append(begin(w.server.add(long)))
+            await ticks()
+            if w.statuses()[0].state != "live-write":
+                peer.ack()
+                await tasks[-1]
+        assert (await failure(tasks[-1])).cause == "timeout"
+        peer.close()
+        assert w.closed == ["write-timeout"]
+        await ticks()
+        assert open_descriptors() == before
 
     run(body, deadline_seconds=SHORT_SECONDS)
 
@@ -469,18 +532,10 @@ def test_a_ztunnel_that_does_not_read_is_given_up(run: Callable[..., None]) -> N
 def test_a_packet_that_had_to_wait_for_room_is_sent(run: Callable[..., None]) -> None:
     async def body(w: World) -> None:
         peer = await w.live()
-        for number in range(100_000):
-            task = begin(w.server.delete(f"{number:0900d}"))
-            await ticks()
-            if w.statuses()[0].state == "live-write":
-                break
-            peer.ack()
-            await task
-        while not task.done():
-            request = await peer.request()
-            if request == Delete(f"{number:0900d}"):
-                peer.ack()
-                await task
+        count = await fill(w, peer)
+        for number in range(count + 1):
+            assert await peer.request() == Delete(f"{number:0900d}")
+        peer.ack()
         task = begin(w.server.add(w.pod("u")))
         assert await peer.serve(1) == [add_of("u")]
         await task
@@ -594,6 +649,21 @@ def test_the_snapshot_is_add_keep_and_the_end_once(run: Callable[..., None]) -> 
         w.server.snapshot_ready.set()
         await ticks()
         assert peer.is_quiet()
+
+    run(body)
+
+
+def test_a_pod_that_is_acked_needs_no_keep(run: Callable[..., None]) -> None:
+    async def body(w: World) -> None:
+        w.enrol("a", "b", known=False)
+        peer = await w.greeted()
+        task = begin(w.server.add(w.pod("a")))
+        await peer.serve(1)
+        await task
+        w.server.snapshot_ready.set()
+        await peer.serve_snapshot()
+        assert peer.received == [add_of("a"), Keep("b"), SnapshotSent()]
+        assert w.server.acked("a") == w.netns.inode
 
     run(body)
 
@@ -716,14 +786,15 @@ def test_a_pod_that_comes_back_during_the_snapshot_is_named(run: Callable[..., N
         w.enrol("a")
         peer = await w.greeted()
         other = Netns()
-        tasks = [begin(w.server.delete("a")), begin(w.server.add(w.pod("a", netns=other)))]
-        await peer.serve(2)
+        tasks = [begin(w.server.delete("x")), begin(w.server.delete("a"))]
+        tasks.append(begin(w.server.add(w.pod("a", netns=other))))  # before its Del was sent
+        await peer.serve(3)
         await asyncio.gather(*tasks)
         w.server.snapshot_ready.set()
         await peer.serve_snapshot()
         # Its entry has another netns than the one acked: it is sent, for the snapshot is what is to be.
-        assert peer.received == [Delete("a"), add_of("a"), add_of("a"), SnapshotSent()]
-        assert peer.inodes == [None, other.inode, w.netns.inode, None]
+        assert peer.received[1:] == [Delete("a"), add_of("a"), add_of("a"), SnapshotSent()]
+        assert peer.inodes == [None, None, other.inode, w.netns.inode, None]
         other.close()
 
     run(body)

@@ -253,12 +253,7 @@ class Connection:
 
     def _deadline(self) -> None:
         self._timer = None
-        # What has come while the loop was busy is in time.
-        state = self._link.state
-        if self._read_all() and self._link.state is state:
-            self._do(self._link.deadline())
-        if self.is_open:
-            self._send_next()
+        self._do(self._link.deadline())
 
     def _arm(self) -> None:
         """Set the timer of the state."""
@@ -328,7 +323,6 @@ class Connection:
             self._loop.remove_writer(self._socket)
         self._socket.close()
         self._snapshot.end()
-        self.acked.clear()
         while self._waiting:
             pending = self._waiting.popleft()
             pending.release()
