@@ -32,9 +32,9 @@ from meshcni.agent.podlookup import PodLookup
 from meshcni.agent.programming import Programmer
 from meshcni.agent.settings import Settings
 from meshcni.agent.shutdown import Identity, decide_shutdown, gather
-from meshcni.agent.socketservices import EventService, LogService
+from meshcni.agent.socketservices import MAX_EVENTS, EventService, LogService
 from meshcni.agent.status import snapshot
-from meshcni.agent.web import JSON, Request, Response, WebServer, listen_tcp
+from meshcni.agent.web import JSON, MAX_CONNECTIONS, Request, Response, WebServer, listen_tcp
 from meshcni.cli.control import PURGE_QUERY, STATUS_PATH, UNINSTALL_PATH
 from meshcni.errors import MeshCniError, SettingError
 from meshcni.host.capabilities import complaint, missing_capabilities
@@ -177,12 +177,18 @@ class Agent:
             enroll = PodEvents(self.lookup, wiring.policy(self.settings), self.ambient.add).handle
         events = EventService(self.metrics, enroll)
         control = {STATUS_PATH: self._status, UNINSTALL_PATH: self._uninstall}
-        for name, label, routes, limit in (
-            (istio.LOG_SOCKET_NAME, "log", {istio.LOG_PATH: logs.handle}, MAX_LOG_BODY_BYTES),
-            (istio.EVENT_SOCKET_NAME, "event", {istio.EVENT_PATH: events.handle}, MAX_EVENT_BYTES),
-            (istio.CONTROL_SOCKET_NAME, "control", control, 0),
+        for name, label, routes, limit, connections in (
+            (istio.LOG_SOCKET_NAME, "log", {istio.LOG_PATH: logs.handle}, MAX_LOG_BODY_BYTES, MAX_CONNECTIONS),
+            (istio.EVENT_SOCKET_NAME, "event", {istio.EVENT_PATH: events.handle}, MAX_EVENT_BYTES, MAX_EVENTS),
+            (istio.CONTROL_SOCKET_NAME, "control", control, 0, MAX_CONNECTIONS),
         ):
-            server = WebServer(routes, max_body_bytes=limit, root_only=True, on_refused=self._refusals(label))
+            server = WebServer(
+                routes,
+                max_body_bytes=limit,
+                max_connections=connections,
+                root_only=True,
+                on_refused=self._refusals(label),
+            )
             await server.start(self._socket(listen_stream, run_dir / name))
             self._servers.append(server)
 

@@ -34,6 +34,8 @@ class PodEvents:
 
     async def handle(self, event: PodAdded) -> None:
         """Return when the pod is enrolled. Raises MeshCniError."""
+        if not (event.pod_namespace and event.pod_name):
+            raise EnrollmentError("the event names no pod", "PodName and PodNamespace are needed")
         pod = (await self._lookup.pod(event.pod_namespace, event.pod_name, event.uid)).pod
         decision = decide(pod, await self._lookup.namespace(pod.namespace), self._policy)
         if decision.verdict is not Verdict.AMBIENT:

@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 LINES_PER_SECOND = 200.0  # a plugin sends a few lines an ADD, at debug about fifty
 LINES_AT_ONCE = 2000.0
 MAX_LOGGED_CHARACTERS = 200  # of a message, so that a line stays below 400 bytes
+MAX_NAME_CHARACTERS = 63 + 1 + 253  # of a pod and its namespace
 MAX_ANSWER_CHARACTERS = 2000
+MAX_EVENTS = 512  # at once: after a reboot every pod of a node asks in the same moment; as many as wait for agent.sock
 WARNING_SECONDS = 60.0  # between two lines that say that lines are dropped
 
 
@@ -85,24 +87,33 @@ class EventService:
 
     async def handle(self, request: Request) -> Response:
         """400 for what cannot be read, 500 for what cannot be done; the body is plain text. Any method."""
-        response = await self._answer(request)
+        begin = time.monotonic()
+        response = await self._answer(request, begin)
         self._metrics.count(m.PLUGIN_REQUESTS, response_code=str(response.status))
         return response
 
-    async def _answer(self, request: Request) -> Response:
+    async def _answer(self, request: Request, begin: float) -> Response:
         try:
             event = decode_pod_added(request.body)
         except ProtocolError as error:
-            return Response(400, f"{error.message}\n".encode())
-        pod = f"{event.pod_namespace}/{event.pod_name}"
+            return _refusal(400, error.message)
+        pod = f"{event.pod_namespace}/{event.pod_name}"[:MAX_NAME_CHARACTERS]
         try:
             if self._enroll is None:
                 raise MeshCniError("ambient is not enabled on this node", "set AMBIENT_ENABLED on the agent")
             await self._enroll(event)
         except MeshCniError as error:
+            self._metrics.count(m.ERRORS, error=type(error).__name__)
             log.error("refused ambient pod: %s", str(error)[:MAX_LOGGED_CHARACTERS], extra=logs.labels(pod=pod))
-            return Response(500, f"pod {pod}: {error}\n"[:MAX_ANSWER_CHARACTERS].encode())
+            return _refusal(500, f"pod {pod}: {error}")
         except Exception as error:
             log.exception("enrolling %s failed unexpectedly", pod)
-            return Response(500, f"pod {pod}: {type(error).__name__}: {error}\n"[:MAX_ANSWER_CHARACTERS].encode())
+            return _refusal(500, f"pod {pod}: {type(error).__name__}: {error}")
+        milliseconds = round((time.monotonic() - begin) * 1000, 2)
+        log.info("enrolled for the original's plugin", extra=logs.labels(pod=pod, total_ms=milliseconds))
         return Response()
+
+
+def _refusal(status: int, text: str) -> Response:
+    """The plugin passes the text on to people; values of any length and of no Unicode may be quoted in it."""
+    return Response(status, text[:MAX_ANSWER_CHARACTERS].encode("utf-8", "replace") + b"\n")

@@ -17,7 +17,7 @@ import h11
 from meshcni.host.sockets import peer_credentials
 
 MAX_HEADER_BYTES = 16 * 1024
-MAX_CONNECTIONS = 64  # of one server; for one more, that which has waited longest without a request has to go
+MAX_CONNECTIONS = 64  # of most servers; for one more, that which has waited longest without a request has to go
 IDLE_SECONDS = 60.0  # until the first byte of a request; Prometheus and the kubelet keep connections
 REQUEST_SECONDS = 10.0  # from its first byte to the end of its body, and for the answer to be taken
 READ_BYTES = 64 * 1024
@@ -62,11 +62,13 @@ class WebServer:
         routes: Mapping[str, Handler],
         *,
         max_body_bytes: int = 0,
+        max_connections: int = MAX_CONNECTIONS,
         root_only: bool = False,
         on_refused: Callable[[str], None] = lambda cause: None,
     ) -> None:
         self._routes = routes
         self._max_body_bytes = max_body_bytes
+        self._max_connections = max_connections
         self._root_only = root_only
         self._on_refused = on_refused
         self._connections: set[asyncio.Task[None]] = set()
@@ -93,7 +95,7 @@ class WebServer:
         if self._root_only and peer_credentials(connection).uid != 0:
             self._refuse(writer, "peer")
             return
-        if len(self._connections) >= MAX_CONNECTIONS and not self._make_room():
+        if len(self._connections) >= self._max_connections and not self._make_room():
             self._refuse(writer, "busy")
             return
         self._connections.add(task)

@@ -63,7 +63,7 @@ def _text(values: Mapping[str, Any], key: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ProtocolError("malformed", f"event field {key} is {type(value).__name__}, not text")
-    return value
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half of a pair is U+FFFD for Go too
 
 
 def _addresses(items: object) -> tuple[IPv4Address | IPv6Address, ...]:
