@@ -17,13 +17,17 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def run() -> Run:
-    """`run(*arguments, env=..., prefix=..., stdin=...)`: `meshcni ARGUMENTS`, with output as text."""
+    """`run(*arguments, env=..., prefix=..., stdin=..., program=...)`: `meshcni ARGUMENTS`, with output as text."""
 
     def run_it(
-        *arguments: str, env: Mapping[str, str] | None = None, prefix: Sequence[str] = (), stdin: str | None = None
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        stdin: str | None = None,
+        program: str = "meshcni.cli",
     ) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": os.environ["PATH"], "PYTHONPATH": SOURCES, "HOME": "/nonexistent", **(env or {})}
-        command = [*prefix, sys.executable, "-m", "meshcni.cli", *arguments]
+        command = [*prefix, sys.executable, "-m", program, *arguments]
         return subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, timeout=60)
 
     return run_it

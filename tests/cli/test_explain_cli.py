@@ -108,6 +108,155 @@ def test_ambient_by_the_namespaces_labels(run: Run, pod_file: Path, tmp_path: Pa
     assert "pod shop/cart is not in the namespace given, 'other'" in result.stderr
 
 
+# --- an ambient pod ---------------------------------------------------------------------------------------------------
+
+REDIRECTION = "ambient.istio.io/redirection"
+EVERY_POD = {"AMBIENT_ENABLED": "true", "AMBIENT_ENABLEMENT_SELECTOR": "[{podSelector: {}}]"}
+NO_POD = {"AMBIENT_ENABLED": "true", "AMBIENT_ENABLEMENT_SELECTOR": "[]"}
+
+
+def ambient_pod(
+    *ips: str, phase: str = "Running", spec: dict[str, Any] | None = None, **annotations: str
+) -> dict[str, Any]:
+    status = {"phase": phase, "podIPs": [{"ip": ip} for ip in ips]}
+    return {**manifest(**annotations), "spec": {"containers": [{"name": "app"}], **(spec or {})}, "status": status}
+
+
+def told(run: Run, pod: dict[str, Any], env: dict[str, str], *arguments: str, status: int = 0) -> dict[str, Any]:
+    result = run("explain", "pod", "--file=-", "--format=json", *arguments, env=env, stdin=json.dumps(pod))
+    assert (result.returncode, result.stderr) == (status, "")
+    return dict(json.loads(result.stdout))
+
+
+def test_an_ambient_pods_parameters_with_their_origin_and_its_rules(run: Run) -> None:
+    env = {**EVERY_POD, "AMBIENT_DNS_CAPTURE": "true", "AMBIENT_IPV6": "true", "HOST_PROBE_SNAT_IP": "192.0.2.7"}
+    pod = ambient_pod("10.0.0.1", **{"ambient.istio.io/bypass-inbound-capture": "true"})
+    shown = told(run, pod, env)
+    assert (shown["verdict"], shown["reason"], shown["error"], shown["warnings"]) == (
+        "ambient",
+        "ambient-enabled",
+        None,
+        [],
+    )
+    assert shown["parameters"] == {
+        "dnsCapture": {"value": True, "origin": "env AMBIENT_DNS_CAPTURE"},
+        "ingress": {"value": True, "origin": "annotation ambient.istio.io/bypass-inbound-capture"},
+        "virtualInterfaces": {"value": [], "origin": "default"},
+        "probeV4": {"value": "192.0.2.7", "origin": "env HOST_PROBE_SNAT_IP"},
+        "probeV6": {"value": "fd16:9254:7127:1337:ffff:ffff:ffff:ffff", "origin": "default"},
+    }
+    assert shown["rules"][0] == "For IPv4 and IPv6."  # the node's choice, whatever addresses the pod has
+    assert any("DNS queries of the application are answered by ztunnel" in line for line in shown["rules"])
+    assert not any("redirect to port 15006" in line for line in shown["rules"])
+    assert shown["ruleset"]["policyRules"][0]["priority"] == 32764
+    assert told(run, pod, {**env, "AMBIENT_IPV6": ""})["rules"][0] == "For IPv4."
+    assert told(run, pod, env, "--ipv6=false", "--dns=false")["parameters"]["dnsCapture"]["origin"] == "flag --dns"
+
+
+NEXT: dict[str, tuple[dict[str, Any], dict[str, str], str, list[str]]] = {
+    "to be made": (
+        ambient_pod(phase="Pending"),
+        EVERY_POD,
+        "When its sandbox is made",
+        ["rules", "ztunnel-add", "addresses", "annotate-enabled"],
+    ),
+    "pending and not selected any more": (
+        ambient_pod("10.0.0.1", **{REDIRECTION: "pending"}),
+        NO_POD,
+        "Annotated pending and not selected any more: ",
+        ["find-netns", "remove-rules", "remove-annotation", "ztunnel-del", "remove-addresses"],
+    ),
+    "enrolled": (
+        ambient_pod("10.0.0.1", **{REDIRECTION: "enabled"}),
+        EVERY_POD,
+        "Nothing, as long as all is in place",
+        [],
+    ),
+    "ended": (
+        ambient_pod("10.0.0.1", phase="Succeeded", **{REDIRECTION: "enabled"}),
+        EVERY_POD,
+        "It has ended, annotated enabled: ",
+        ["remove-addresses", "ztunnel-del", "remove-annotation"],
+    ),
+    "on the host's network": (
+        ambient_pod("10.0.0.1", spec={"hostNetwork": True}, **{REDIRECTION: "enabled"}),
+        EVERY_POD,
+        "Annotated enabled and not selected any more: ",
+        ["find-netns", "remove-rules", "remove-annotation", "ztunnel-del", "remove-addresses"],
+    ),
+    "ambient mode is off": (
+        ambient_pod("10.0.0.1", **{REDIRECTION: "enabled"}),
+        {},
+        "Nothing: ambient mode is off",
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize(("pod", "env", "begin", "steps"), NEXT.values(), ids=NEXT)
+def test_what_would_happen_next(
+    run: Run, pod: dict[str, Any], env: dict[str, str], begin: str, steps: list[str]
+) -> None:
+    shown = told(run, pod, env)
+    assert shown["redirection"] == pod["metadata"]["annotations"].get(REDIRECTION, "")
+    assert shown["next"]["text"].startswith(begin)
+    assert [one["step"] for one in shown["next"]["steps"]] == steps
+    text = run("explain", "pod", "--file=-", env=env, stdin=json.dumps(pod)).stdout
+    assert f"  next     {shown['next']['text']}\n" in text  # one line, whatever its length
+    agent = run("explain", "pod", "--file=-", "-o=json", env=env, stdin=json.dumps(pod), program="meshcni.agent")
+    assert json.loads(agent.stdout) == shown
+
+
+def test_a_sidecar_has_no_next_in_ambient_mode(run: Run, pod_file: Path) -> None:
+    shown = explained(run, pod_file, SIDECAR)
+    assert (shown["redirection"], shown["next"]) == ("", None)
+
+
+def test_an_ambient_pod_in_words(run: Run) -> None:
+    pod = ambient_pod("10.0.0.1", "fd00::1", **{"ambient.istio.io/dns-capture": "ja", REDIRECTION: "pending"})
+    result = run("explain", "pod", "--file=-", env=EVERY_POD, stdin=json.dumps(pod))
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0] == "shop/cart: ambient, its traffic goes through ztunnel"
+    assert "  state    annotation ambient.istio.io/redirection=pending" in lines
+    assert any(line.startswith("  next     Annotated pending, so its enrolment did not complete: ") for line in lines)
+    warnings = [line for line in lines if line.startswith("  warning  ")]
+    assert "ambient.istio.io/dns-capture='ja' is no boolean" in warnings[0]
+    assert "fd00::1 passes by the mesh: AMBIENT_IPV6 is false" in warnings[1]
+    assert any(line.split()[:2] == ["dnsCapture", "no"] for line in lines)
+    assert any("In routing table 100, 0.0.0.0/0 is delivered locally." in line for line in lines)
+
+
+REFUSED_PODS = {
+    "interface": (ambient_pod(**{"istio.io/reroute-virtual-interfaces": "a b"}), "'a b', which names no interface"),
+    "runtime class": (ambient_pod(spec={"runtimeClassName": "kata-qemu"}), "runtime class kata-qemu"),
+}
+
+
+@pytest.mark.parametrize(("pod", "message"), REFUSED_PODS.values(), ids=REFUSED_PODS)
+def test_a_pod_that_ambient_mode_refuses(run: Run, pod: dict[str, Any], message: str) -> None:
+    shown = told(run, pod, EVERY_POD, status=1)
+    assert (shown["verdict"], shown["reason"], shown["parameters"], shown["rules"]) == (
+        "error",
+        "bad-parameters",
+        None,
+        [],
+    )
+    assert message in shown["error"]["message"]
+    assert shown["next"]["text"].startswith("Its ADD fails, and the runtime tries again, until this is corrected: ")
+    text = run("explain", "pod", "--file=-", env=EVERY_POD, stdin=json.dumps(pod)).stdout
+    assert f"  to do    {shown['error']['hint']}\n" in text
+
+
+def test_runtime_classes_are_those_of_the_setting(run: Run) -> None:
+    pod = ambient_pod(spec={"runtimeClassName": "kata-qemu"})
+    assert told(run, pod, {**EVERY_POD, "AMBIENT_SANDBOXED_RUNTIMES": "none"})["verdict"] == "ambient"
+    assert told(run, pod, EVERY_POD, "--sandboxed-runtimes=qemu*")["verdict"] == "ambient"
+
+
+# --- variables and input ----------------------------------------------------------------------------------------------
+
+
 def test_the_agents_variables_decide_as_in_the_agent(run: Run, pod_file: Path) -> None:
     pod_file.write_text(yaml.safe_dump(SIDECAR))
     env = {"EXCLUDE_NAMESPACES": "shop"}
@@ -224,6 +373,9 @@ USAGE: dict[str, tuple[list[str], int, str]] = {
     "unknown format": (["pod", "--file", "x", "--format", "xml"], 2, "flag --format is 'xml'"),
     "no such file": (["pod", "--file", "/nonexistent/pod.yaml"], 1, "cannot read /nonexistent/pod.yaml"),
     "no such kubeconfig": (["pod", "a/b", "--kubeconfig", "/nonexistent/config"], 1, "kubeconfig /nonexistent/config"),
+    "wrong switch": (["pod", "--file", "x", "--ipv6=maybe"], 2, "flag --ipv6 is 'maybe'"),
+    "wrong probe": (["pod", "--file", "x", "--host-probe-snat-ip=1"], 2, "flag --host-probe-snat-ip is '1'"),
+    "wrong backend": (["pod", "--file", "x", "--native-nftables=2"], 2, "flag --native-nftables is '2'"),
     "wrong policy": (["pod", "--file", "x", "--ambient-enabled=maybe"], 2, "flag --ambient-enabled is 'maybe'"),
 }
 

@@ -39,7 +39,10 @@ def ask(run_dir: str, method: str, target: str) -> dict[str, Any]:
     if status != [b"200"]:
         text = body.decode("utf-8", "replace").strip() or "the connection was closed"
         raise AgentFailedError(f"the agent answered {method} {target} with: {text}")
-    document = json.loads(body)
+    try:
+        document = json.loads(body)
+    except ValueError as error:
+        raise AgentFailedError(f"the agent's answer is not JSON: {error}", "is it of another release?") from None
     if not isinstance(document, dict):
         raise AgentFailedError("the agent's answer is not a JSON object", "is it of another release?")
     return document

@@ -19,7 +19,6 @@ from meshcni.pods.outlook import STEP_WORDS, Outlook, Prospect
 from meshcni.rules import iproute, iptables, nft
 from meshcni.rules.iproute import mark_words
 from meshcni.rules.model import Backend, Family, Purpose, Ruleset
-from meshcni.rules.nft_layout import LAYOUTS
 
 Parameters = Interception | AmbientParameters
 
@@ -198,9 +197,12 @@ def removal_script(backend: Backend) -> str:
 
 
 def removal_of(ruleset: Ruleset, backend: Backend) -> str:
-    """Return the text for the tools that takes out what `script` puts in, in the order of a removal."""
+    """Return the text for the tools that takes out what `script` puts in, in the order of a removal.
+
+    Not for nftables on the host, where the table is shared with the address sets.
+    """
     if backend is Backend.NFTABLES:
-        parts = ["# nft -f -\n" + nft.render_removal(ruleset.purpose, _chains_in_shared_tables(ruleset))]
+        parts = ["# nft -f -\n" + nft.render_removal(ruleset.purpose)]
     else:
         parts = [
             f"# IPv{family.value}: {RESTORE[family]}\n"
@@ -209,13 +211,6 @@ def removal_of(ruleset: Ruleset, backend: Backend) -> str:
         ]
     parts.append(_commented(iproute.render(ruleset).replace(" add ", " del ").splitlines()))
     return "\n".join(filter(None, parts))
-
-
-def _chains_in_shared_tables(ruleset: Ruleset) -> Mapping[str, tuple[str, ...]] | None:
-    """Return the nft chains to take out where the tables stay; None where whole tables go."""
-    if not LAYOUTS[ruleset.purpose].is_shared:
-        return None
-    return {table: tuple(chains) for table, chains in nft.expected(ruleset).tables.items()}
 
 
 def _ordered(ruleset: Ruleset) -> list[Family]:

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
+
+from meshcni.cli.control import AgentFailedError
+
+GOOD_STATE: Final = "enrolled"  # of an ambient pod: nothing is left to do
+POD_HEADER: Final = (
+    "POD",
+    "STATE",
+    "ANNOTATION",
+    "NETNS",
+    "RULES",
+    "ZTUNNEL",
+    "IN THE HOST'S SET",
+    "TRIES",
+    "LAST ERROR, OR WHAT WAS MENDED",
+)
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """The document for people."""
+    """The document for people. Raises AgentFailedError for one that has not what this version knows."""
+    try:
+        return _as_text(document)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AgentFailedError(
+            f"the agent's status is of another form: {type(error).__name__} {error}",
+            "it is of another release; ask for JSON, which is shown as it comes",
+        ) from None
+
+
+def _as_text(document: Mapping[str, Any]) -> str:
     install, backend = document["install"], document["backend"]
     rows = [
         ("agent", f"{document['version']} on node {document['node'] or '(unnamed)'}, up {document['uptimeSeconds']} s"),
@@ -31,18 +57,25 @@ def _ambient(ambient: Mapping[str, Any] | None) -> list[str]:
     """Ambient mode: ztunnel's connections, the host's rules, and each pod with what is wrong with it."""
     if ambient is None:
         return []
-    links = [
-        f"ztunnel    {link['state']}{', newest' if link['newest'] else ''}: pid {link['pid']} since {link['since']}, "
-        f"{link['acked']} pods acknowledged, {link['pending']} waiting"
-        + (f"; last error: {link['last_error']}" if link["last_error"] else "")
-        for link in ambient["ztunnel"]
-    ]
-    lines = links or ["ztunnel    none is connected: new ambient pods wait, running ones keep their proxies"]
-    lines.append(f"host rules {ambient['hostRules']}; {ambient['setEntries']} addresses in the set")
-    if not ambient["pods"]:
-        return [*lines, "no ambient pod on this node", ""]
-    header = ("POD", "STATE", "ANNOTATION", "NETNS", "RULES", "ZTUNNEL", "TRIES", "LAST ERROR, OR WHAT WAS MENDED")
-    return [*lines, "", *_columns(header, [_ambient_row(pod) for pod in ambient["pods"]]), ""]
+    rows = [("ztunnel", _link_text(link)) for link in ambient["ztunnel"]]
+    rows = rows or [("ztunnel", "none is connected: new ambient pods wait, running ones keep their proxies")]
+    rows.append(("host rules", f"{ambient['hostRules']}; {_count(ambient['setEntries'], 'address')} in the set"))
+    pods = sorted(ambient["pods"], key=lambda pod: bool(pod["state"] == GOOD_STATE))  # what needs a look comes first
+    states = Counter(pod["state"] for pod in pods)
+    counts = ", ".join(f"{states[state]} {state}" for state in sorted(states, key=_good_first))
+    rows.append(("ambient", f"{_count(len(pods), 'pod')}{': ' + counts if counts else ' on this node'}"))
+    lines = [f"{name:<10} {text}" for name, text in rows]
+    table = ["", *_columns(POD_HEADER, [_ambient_row(pod) for pod in pods])] if pods else []
+    return [*lines, *table, ""]
+
+
+def _link_text(link: Mapping[str, Any]) -> str:
+    newest = ", newest" if link["newest"] else ""
+    error = f"; last error: {link['last_error']}" if link["last_error"] else ""
+    return (
+        f"{link['state']}{newest}: pid {link['pid']} since {link['since']}, "
+        f"{_count(link['acked'], 'pod')} acknowledged, {link['pending']} waiting{error}"
+    )
 
 
 def _ambient_row(pod: Mapping[str, Any]) -> tuple[str, ...]:
@@ -54,9 +87,26 @@ def _ambient_row(pod: Mapping[str, Any]) -> tuple[str, ...]:
         str(pod["netnsInode"] or "-"),
         rules if rules == pod["wantedRules"] else f"{rules} (wanted {pod['wantedRules'] or '-'})",
         "acked" if pod["ztunnelAcked"] else "-",
+        _in_set(pod["addresses"], pod["inSet"]),
         str(pod["attempts"]),
         pod["lastError"] or (f"mended: {pod['lastMended']}" if pod["lastMended"] else ""),
     )
+
+
+def _in_set(addresses: Sequence[str], in_set: Sequence[str]) -> str:
+    """Whether the host's set has the pod's addresses, none beside them included."""
+    if sorted(addresses) == sorted(in_set):
+        return ", ".join(addresses) or "-"
+    return f"{', '.join(in_set) or '-'} (wanted {', '.join(addresses) or '-'})"
+
+
+def _good_first(state: str) -> tuple[bool, str]:
+    return state != GOOD_STATE, state
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def _watch_text(watch: Mapping[str, Any]) -> str:

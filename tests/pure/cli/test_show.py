@@ -8,11 +8,25 @@ from dataclasses import fields, replace
 import pytest
 
 from meshcni import istio
-from meshcni.cli.show import assessment_object, camel_case, plain, removal_script, script
+from meshcni.cli.show import (
+    Explained,
+    assessment_object,
+    camel_case,
+    explained_object,
+    plain,
+    removal_of,
+    removal_script,
+    script,
+)
+from meshcni.pods.ambient import AmbientParameters
+from meshcni.pods.ambientsettings import AmbientNode
 from meshcni.pods.assess import assess
 from meshcni.pods.eligibility import Policy
 from meshcni.pods.interception import EVERYTHING, Interception, InterceptionMode, NumberRange
 from meshcni.pods.model import Container, Pod
+from meshcni.pods.outlook import prospect_of
+from meshcni.pods.selectors import EnablementSelector
+from meshcni.rules.ambient import pod_ruleset
 from meshcni.rules.model import Backend, Family
 from meshcni.rules.sidecar import sidecar_ruleset
 
@@ -90,3 +104,76 @@ def test_an_nftables_script_is_one_transaction() -> None:
 def test_removal() -> None:
     assert "delete table inet istio-proxy-raw" in removal_script(Backend.NFTABLES)
     assert all(line.startswith("#") for line in removal_script(Backend.IPTABLES).splitlines())
+
+
+# --- ambient mode -----------------------------------------------------------------------------------------------------
+
+EVERY_POD = Policy(ambient_enabled=True, enablement_selectors=(EnablementSelector(),))
+NODE = AmbientNode(AmbientParameters(dns_capture=True), enabled=True)
+
+
+def explained(pod: Pod, policy: Policy = EVERY_POD) -> Explained:
+    assessment = assess(pod, None, policy)
+    origins = {"dns_capture": "env AMBIENT_DNS_CAPTURE"}
+    return Explained(pod, assessment, prospect_of(pod, assessment.decision, NODE), origins)
+
+
+def test_an_ambient_pod_as_an_object() -> None:
+    pod = Pod("shop", "cart", annotations={istio.AMBIENT_BYPASS_INBOUND: "true"}, ips=("10.0.0.1",))
+    shown = json.loads(json.dumps(explained_object(explained(pod))))
+    assert (shown["verdict"], shown["reason"], shown["error"]) == ("ambient", "ambient-enabled", None)
+    assert shown["parameters"]["dnsCapture"] == {"value": True, "origin": "env AMBIENT_DNS_CAPTURE"}
+    assert shown["parameters"]["ingress"] == {"value": True, "origin": f"annotation {istio.AMBIENT_BYPASS_INBOUND}"}
+    assert shown["parameters"]["virtualInterfaces"] == {"value": [], "origin": "default"}
+    assert set(shown["parameters"]) == {camel_case(one.name) for one in fields(AmbientParameters)}
+    assert shown["redirection"] == ""
+    assert shown["next"]["steps"][0]["step"] == "find-netns"
+    assert shown["next"]["steps"][-1]["step"] == "annotate-enabled"
+    assert shown["next"]["steps"][0]["words"] in shown["next"]["text"]
+
+
+def test_a_refused_ambient_pod_as_an_object() -> None:
+    pod = Pod("shop", "cart", annotations={istio.REROUTE_VIRTUAL_INTERFACES: "a/b"})
+    shown = explained_object(explained(pod))
+    assert (shown["verdict"], shown["reason"], shown["parameters"]) == ("error", "bad-parameters", None)
+    assert "'a/b', which names no interface" in shown["error"]["message"]
+    assert "Its ADD fails" in shown["next"]["text"]
+
+
+def test_a_sidecar_has_the_same_object_as_ever() -> None:
+    assessment = assess(SIDECAR, None, Policy())
+    shown = explained_object(explained(SIDECAR, Policy()))
+    assert shown == {**assessment_object(SIDECAR, assessment), "redirection": "", "next": None}
+
+
+@pytest.mark.parametrize("backend", Backend)
+def test_a_pods_script_begins_with_rule_and_route(backend: Backend) -> None:
+    text = script(pod_ruleset(AmbientParameters(), frozenset(Family), backend), backend)
+    commands = [line for line in text.splitlines() if line.startswith("# ip ")]
+    assert commands == [
+        "# ip -4 rule add fwmark 0x111/0xfff pref 32764 lookup 100",
+        "# ip -6 rule add fwmark 0x111/0xfff pref 32764 lookup 100",
+        "# ip -4 route add local 0.0.0.0/0 dev lo table 100",
+        "# ip -6 route add local ::/0 dev lo table 100",
+    ]
+    assert text.startswith("\n".join(commands))
+
+
+def test_a_pods_removal_ends_with_rule_and_route() -> None:
+    for backend, first in (
+        (Backend.IPTABLES, "# IPv4: iptables-restore --noflush\n*mangle\n-D "),
+        (Backend.NFTABLES, "#"),
+    ):
+        ruleset = pod_ruleset(AmbientParameters(), frozenset({Family.V4}), backend)
+        text = removal_of(ruleset, backend)
+        assert text.startswith(first)
+        assert text.endswith(
+            "# ip -4 rule del fwmark 0x111/0xfff pref 32764 lookup 100\n"
+            "# ip -4 route del local 0.0.0.0/0 dev lo table 100\n"
+        )
+        assert "-A " not in text
+
+
+def test_an_nft_removal_takes_every_table_out_whatever_the_parameters_are() -> None:
+    ruleset = pod_ruleset(AmbientParameters(), frozenset({Family.V4}), Backend.NFTABLES)
+    assert "delete table inet istio-ambient-raw" in removal_of(ruleset, Backend.NFTABLES)
