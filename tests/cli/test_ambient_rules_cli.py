@@ -11,6 +11,7 @@ import pytest
 import yaml
 from tests.cli.conftest import Run
 from tests.cli.netns import ADDRESS, Netns
+from tests.kernel import ambient_oracle
 
 BACKENDS = {
     "nftables": ["--backend", "nftables"],
@@ -147,6 +148,42 @@ def test_apply_in_a_namespace_given_by_its_path(run: Run, netns: Netns) -> None:
     assert (
         run("rules", "ambient-pod", "--native-nftables", "--verify", "--network-namespace", netns.path).returncode == 0
     )
+
+
+# --- against the original ---------------------------------------------------------------------------------------------
+
+
+def load(netns: Netns, texts: ambient_oracle.Texts, variant: str) -> None:
+    """Do by hand what the original does with its texts."""
+    if variant == "nftables":
+        netns("nft", "-f", "-", stdin=texts.nft)
+    else:
+        netns(f"iptables-{variant}-restore", "--noflush", stdin=texts.iptables)
+        netns(f"ip6tables-{variant}-restore", "--noflush", stdin=texts.ip6tables)
+    netns("sh", "-e", stdin=texts.ip)
+
+
+@pytest.mark.parametrize("variant", BACKENDS)
+def test_a_pod_has_what_the_original_gives_it(run: Run, netns: Netns, other_netns: Netns, variant: str) -> None:
+    load(other_netns, ambient_oracle.pod(ipv6=True, dns=True, interfaces=("vnet0",)), variant)
+    flags = ("--ipv6", "--dns", "--virtual-interfaces", "vnet0", "--apply")
+    assert run("rules", "ambient-pod", *BACKENDS[variant], *flags, prefix=netns.prefix).returncode == 0
+    assert netns.listing(save_variant(variant)) == other_netns.listing(save_variant(variant))
+
+
+@pytest.mark.parametrize("variant", BACKENDS)
+def test_the_host_has_what_the_original_gives_it(run: Run, netns: Netns, other_netns: Netns, variant: str) -> None:
+    if variant == "nftables":
+        for name, kind in (("istio-inpod-probes-v4", "ipv4_addr"), ("istio-inpod-probes-v6", "ipv6_addr")):
+            text = f"add table inet istio-ambient-nat\nadd set inet istio-ambient-nat {name} {{ type {kind} ; }}\n"
+            other_netns("nft", "-f", "-", stdin=text)
+    else:
+        other_netns("ipset", "create", "istio-inpod-probes-v4", "hash:ip", "family", "inet", "comment")
+        other_netns("ipset", "create", "istio-inpod-probes-v6", "hash:ip", "family", "inet6", "comment")
+    load(other_netns, ambient_oracle.host(ipv6=True, uid=1000), variant)
+    flags = ("--ipv6", "--kubelet-uid=1000", "--apply")
+    assert run("rules", "ambient-host", *BACKENDS[variant], *flags, prefix=netns.prefix).returncode == 0
+    assert netns.listing(save_variant(variant)) == other_netns.listing(save_variant(variant))
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

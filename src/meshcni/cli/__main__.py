@@ -12,8 +12,8 @@ import click
 from meshcni import __version__
 
 COMMANDS = {  # command: module with its main, one line of help
-    "explain": ("meshcni.cli.explain", "What is decided about a pod, why, and which rules that means."),
-    "rules": ("meshcni.cli.rules", "Print or apply the rules of a sidecar."),
+    "explain": ("meshcni.cli.explain", "What is decided about a pod, why, and what comes next."),
+    "rules": ("meshcni.cli.rules", "Rules of a sidecar, an ambient pod or the host."),
     "status": ("meshcni.cli.status", "How the agent of this node is: its pods, ztunnel, errors."),
     "conf": ("meshcni.cli.conf", "Show and edit CNI configuration files."),
 }
