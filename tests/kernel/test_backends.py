@@ -42,8 +42,8 @@ class Subject:
     def rules(self, parameters: Interception) -> Ruleset:
         return sidecar_ruleset(parameters, BOTH, self.kind)
 
-    def apply(self, ruleset: Ruleset) -> bool:
-        return self.pod.call(lambda: self.backend().apply(ruleset))
+    def apply(self, ruleset: Ruleset, *, keep_on_failure: bool = False) -> bool:
+        return self.pod.call(lambda: self.backend().apply(ruleset, keep_on_failure=keep_on_failure))
 
     def drift(self, ruleset: Ruleset) -> int:
         return len(self.pod.call(lambda: self.backend().drift(ruleset)))
@@ -53,6 +53,9 @@ class Subject:
 
     def holds_ours(self) -> bool:
         return self.pod.call(lambda: self.backend().holds_ours())
+
+    def own_names(self) -> tuple[str, ...]:
+        return self.pod.call(lambda: self.backend().own_names())
 
     def listing(self) -> str:
         return self.pod.call(lambda: self.backend().listing())
@@ -131,3 +134,25 @@ def test_a_refusal_leaves_nothing(was_there: bool, subject: Subject) -> None:
 
     assert not subject.holds_ours()
     assert subject.drift(rules) > 0
+
+
+@pytest.mark.parametrize("was_there", [False, True], ids=["fresh", "over an earlier state"])
+def test_a_refusal_can_leave_what_was_there(was_there: bool, subject: Subject) -> None:
+    rules = subject.rules(Interception())
+    if was_there:
+        subject.apply(rules)
+    names = subject.own_names()
+
+    with pytest.raises(ApplyError):
+        subject.apply(with_dangling_jump(rules), keep_on_failure=True)
+
+    assert (subject.holds_ours(), subject.own_names()) == (was_there, names)
+    assert (subject.drift(rules) == 0) is was_there
+
+
+def test_what_is_ours_has_names(subject: Subject) -> None:
+    assert subject.own_names() == ()
+    subject.apply(subject.rules(Interception()))
+    assert len(subject.own_names()) > 0
+    subject.remove()
+    assert subject.own_names() == ()

@@ -39,12 +39,15 @@ class Backend(Enum):
 
 
 class Purpose(Enum):
-    """What a rule set is for, which decides how nft tables are named and what in a namespace is ours."""
+    """What a rule set is for, which decides how nft tables are named and what in a namespace is ours.
+
+    The value is the name of the command that shows such rules: `meshcni rules sidecar`.
+    """
 
     SIDECAR = "sidecar"
-    AMBIENT_POD = "ambient pod"
+    AMBIENT_POD = "ambient-pod"
     # The host's network namespace, where everything but the one chain of ours is other people's.
-    AMBIENT_HOST = "ambient host"
+    AMBIENT_HOST = "ambient-host"
 
 
 # --- matches ----------------------------------------------------------------------------------------------------------

@@ -252,7 +252,9 @@ class IptablesBackend:
             raise ApplyError(f"{words} cannot be started: {error}", "is the agent's image complete?") from None
         if done.returncode != 0:
             complaint = done.stderr.strip()[:MAX_COMPLAINT]
-            raise ApplyError(f"{words} failed with status {done.returncode}: {complaint}", _hint(done.stderr))
+            raise ApplyError(
+                f"{words} failed with status {done.returncode}: {complaint}", _hint(done.stderr, self._purpose)
+            )
         return done.stdout
 
     def _into_user_namespace(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -284,7 +286,7 @@ def _drift(ruleset: Ruleset, texts: Mapping[Family, str]) -> tuple[plan.Drift, .
     return plan.drift(ruleset, {family: iptables.parse(text) for family, text in texts.items()})
 
 
-def _hint(stderr: str) -> str:
+def _hint(stderr: str, purpose: Purpose) -> str:
     lacking = tuple(capability for capability in missing_capabilities() if capability.name in _NEEDED_CAPABILITIES)
     if lacking:
         return complaint(lacking)
@@ -292,4 +294,4 @@ def _hint(stderr: str) -> str:
         return "the address set of the probes has to be made before the rules"
     if any(phrase in stderr for phrase in _MISSING_MODULE):
         return "is a kernel module (xt_REDIRECT, xt_TPROXY, xt_owner, xt_CT, iptable_nat) missing?"
-    return "the rules in question are shown by `meshcni rules sidecar`"
+    return f"the rules in question are shown by `meshcni rules {purpose.value}`"
