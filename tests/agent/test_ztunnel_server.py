@@ -1,4 +1,4 @@
-"""The ZDS server over real sockets: who is told what, in which order, and what ends a connection."""
+"""The ZDS server over real sockets: who is told what, who is let in, and how it begins and ends."""
 
 from __future__ import annotations
 
@@ -9,67 +9,47 @@ import os
 import re
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lab.ztunnel.behaviour import Behaviour, Options, parse_fault
 from lab.ztunnel.client import Program
-from lab.ztunnel.messages import HELLO, answer
+from lab.ztunnel.messages import HELLO
 from lab.ztunnel.standin import StandIn
 from tests.agent.scene import answer_to_nobody
-from tests.agent.zdsworld import Netns, Peer, World, eventually, own_netns, world
+from tests.agent.zdsworld import (
+    SHORT_SECONDS,
+    Peer,
+    Run,
+    World,
+    add_of,
+    begin,
+    eventually,
+    failure,
+    open_descriptors,
+    own_netns,
+    runner,
+    ticks,
+    world,
+)
 
 from meshcni.agent.zdsadmission import BEGINS, MAX_SILENT
 from meshcni.agent.ztunnel import Workload
-from meshcni.errors import CNI_TRY_AGAIN_LATER, NetnsError, ZtunnelError
+from meshcni.errors import ZtunnelError
 from meshcni.host.sockets import listen_seqpacket
-from meshcni.protocols.zds import Add, Delete, Keep, SnapshotSent
-
-SHORT_SECONDS = 0.2  # a deadline that is meant to pass
-Body = Callable[[World], Awaitable[None]]
+from meshcni.protocols.zds import Delete, SnapshotSent
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., None]:
-    """Run a test's coroutine against a server."""
-
-    def start(body: Body, **settings: Any) -> None:
-        async def main() -> None:
-            async with world(tmp_path, **settings) as made:
-                await body(made)
-
-        asyncio.run(main())
-
-    return start
-
-
-def add_of(uid: str) -> Add:
-    return Add(uid, f"name-{uid}", "shop", "default")
-
-
-def begin(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    return asyncio.create_task(coroutine)
-
-
-async def failure(task: Awaitable[None]) -> ZtunnelError:
-    with pytest.raises(ZtunnelError) as raised:
-        await task
-    assert raised.value.cni_code == CNI_TRY_AGAIN_LATER
-    return raised.value
-
-
-async def ticks() -> None:
-    """Let everything happen that does not wait for something."""
-    for _ in range(10):
-        await asyncio.sleep(0)
+def run(tmp_path: Path) -> Run:
+    return runner(tmp_path)
 
 
 # --- the bytes --------------------------------------------------------------------------------------------------------
 
 
-def test_recorded_bytes_of_a_ztunnel(run: Callable[..., None]) -> None:
+def test_recorded_bytes_of_a_ztunnel(run: Run) -> None:
     async def body(w: World) -> None:
         w.server.snapshot_ready.set()
         w.enrol("u")
@@ -91,7 +71,7 @@ def test_recorded_bytes_of_a_ztunnel(run: Callable[..., None]) -> None:
 # --- who is told ------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_connection(run: Callable[..., None]) -> None:
+def test_without_a_connection(run: Run) -> None:
     async def body(w: World) -> None:
         error = await failure(w.server.add(w.pod("u")))
         assert error.cause == "no-connection"
@@ -112,7 +92,7 @@ def test_without_a_connection(run: Callable[..., None]) -> None:
     run(body)
 
 
-def test_adds_and_dels_do_not_wait_for_the_snapshot(run: Callable[..., None]) -> None:
+def test_adds_and_dels_do_not_wait_for_the_snapshot(run: Run) -> None:
     async def body(w: World) -> None:
         w.enrol("old", "new")
         peer = await w.greeted()
@@ -134,7 +114,7 @@ def test_adds_and_dels_do_not_wait_for_the_snapshot(run: Callable[..., None]) ->
     run(body)
 
 
-def test_an_add_goes_to_the_newest_a_del_to_all(run: Callable[..., None]) -> None:
+def test_an_add_goes_to_the_newest_a_del_to_all(run: Run) -> None:
     async def body(w: World) -> None:
         old, new = await w.live(), await w.live()
         task = begin(w.server.add(w.pod("u")))
@@ -153,7 +133,7 @@ def test_an_add_goes_to_the_newest_a_del_to_all(run: Callable[..., None]) -> Non
     run(body)
 
 
-def test_when_the_older_goes_adds_go_to_the_newer(run: Callable[..., None]) -> None:
+def test_when_the_older_goes_adds_go_to_the_newer(run: Run) -> None:
     async def body(w: World) -> None:
         old, new = await w.live(), await w.live()
         changes = w.changes
@@ -167,7 +147,7 @@ def test_when_the_older_goes_adds_go_to_the_newer(run: Callable[..., None]) -> N
     run(body)
 
 
-def test_when_the_newest_goes_the_older_is_back_with_what_it_acked(run: Callable[..., None]) -> None:
+def test_when_the_newest_goes_the_older_is_back_with_what_it_acked(run: Run) -> None:
     async def body(w: World) -> None:
         w.enrol("both")
         old = await w.live()
@@ -192,7 +172,7 @@ def test_when_the_newest_goes_the_older_is_back_with_what_it_acked(run: Callable
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0), (0, 2, 1), (2, 0, 1)])
-def test_connections_may_end_in_any_order(run: Callable[..., None], order: tuple[int, ...]) -> None:
+def test_connections_may_end_in_any_order(run: Run, order: tuple[int, ...]) -> None:
     async def body(w: World) -> None:
         peers = {number: await w.live() for number in range(3)}
         for number in order:
@@ -209,7 +189,7 @@ def test_connections_may_end_in_any_order(run: Callable[..., None], order: tuple
     run(body)
 
 
-def test_a_connection_without_hello_takes_no_add(run: Callable[..., None]) -> None:
+def test_a_connection_without_hello_takes_no_add(run: Run) -> None:
     async def body(w: World) -> None:
         good = await w.live()
         silent = w.peer(hello=None)
@@ -226,7 +206,7 @@ def test_a_connection_without_hello_takes_no_add(run: Callable[..., None]) -> No
     run(body)
 
 
-def test_a_connection_that_ends_during_a_del_is_done_with_it(run: Callable[..., None]) -> None:
+def test_a_connection_that_ends_during_a_del_is_done_with_it(run: Run) -> None:
     async def body(w: World) -> None:
         old, new = await w.live(), await w.live()
         task = begin(w.server.delete("u"))
@@ -238,7 +218,7 @@ def test_a_connection_that_ends_during_a_del_is_done_with_it(run: Callable[..., 
     run(body)
 
 
-def test_a_refused_del_is_done(run: Callable[..., None]) -> None:
+def test_a_refused_del_is_done(run: Run) -> None:
     async def body(w: World) -> None:
         peer = await w.live()
         task = begin(w.server.delete("u"))
@@ -249,7 +229,7 @@ def test_a_refused_del_is_done(run: Callable[..., None]) -> None:
     run(body)
 
 
-def test_what_is_asked_first_is_sent_first(run: Callable[..., None]) -> None:
+def test_what_is_asked_first_is_sent_first(run: Run) -> None:
     async def body(w: World) -> None:
         peer = await w.live()
         tasks = []
@@ -268,615 +248,10 @@ def test_what_is_asked_first_is_sent_first(run: Callable[..., None]) -> None:
     run(body)
 
 
-# --- answers ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_refusal_reaches_the_caller_and_only_that(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        peer = await w.live()
-        task = begin(w.server.add(w.pod("u")))
-        await peer.request()
-        peer.ack("Bind([::]:15006: AddrInUse)")
-        error = await failure(task)
-        assert error.cause == "nack"
-        assert "AddrInUse" in error.message
-        assert f"pid {os.getpid()}" in error.message
-        assert "listens on one of ztunnel's ports" in error.hint
-        assert w.server.acked("u") is None
-        task = begin(w.server.add(w.pod("v")))
-        await peer.serve(1)
-        await task
-        assert w.messages[-2:] == [("add", "nack"), ("add", "ack")]
-        assert [kind for kind, seconds in w.latencies if seconds >= 0][-2:] == ["add", "add"]
-
-    run(body)
-
-
-@pytest.mark.parametrize("answer_", ["", "no"])
-def test_what_is_under_way_is_not_known(run: Callable[..., None], answer_: str) -> None:
-    async def body(w: World) -> None:
-        w.enrol("a", "b")
-        peer = await w.live()
-        other = Netns()
-        tasks = [begin(w.server.add(w.pod("a", netns=other))), begin(w.server.delete("b"))]
-        assert w.server.acked("a") == w.server.acked("b") == w.netns.inode
-        for uid in "ab":
-            await peer.request()
-            assert w.server.acked(uid) is None
-            peer.ack(answer_)
-            await ticks()
-        assert w.server.acked("a") == (None if answer_ else other.inode)
-        assert w.server.acked("b") is None
-        await asyncio.gather(*tasks, return_exceptions=True)
-        other.close()
-
-    run(body)
-
-
-@pytest.mark.parametrize("size", [1000, 1504, 60000])
-def test_a_long_reason_is_not_lost(run: Callable[..., None], size: int) -> None:
-    async def body(w: World) -> None:
-        peer = await w.live()
-        task = begin(w.server.add(w.pod("u")))
-        await peer.request()
-        peer.ack("the reason: " + "x" * size)
-        error = await failure(task)
-        assert error.cause == "nack"
-        assert "the reason: xxx" in error.message
-        assert len(error.message) < 2200
-        assert len(w.statuses()) == 1
-
-    run(body)
-
-
-def test_no_answer_in_time_ends_the_connection_and_no_late_one_counts(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        peer = await w.live()
-        late = begin(w.server.add(w.pod("late")))
-        await peer.request()
-        error = await failure(late)
-        assert error.cause == "timeout"
-        assert f"within {SHORT_SECONDS:g} s" in error.message
-        assert await peer.request() is None
-        assert w.closed == ["ack-timeout"]
-        with pytest.raises(OSError):
-            peer.ack()
-        again = await w.live()
-        task = begin(w.server.add(w.pod("next")))
-        await again.request()
-        await ticks()
-        assert not task.done()  # the late ack is nobody's
-        again.ack()
-        await task
-        assert w.server.acked("late") is None
-
-    run(body, deadline_seconds=SHORT_SECONDS)
-
-
-def test_an_ack_that_waited_for_our_loop_is_in_time(run: Callable[..., None]) -> None:
-    """The deadline has passed when the loop looks, but so has the ack come."""
-
-    async def body(w: World) -> None:
-        peer = await w.live()
-        task = begin(w.server.add(w.pod("u")))
-        await peer.request()
-        time.sleep(SHORT_SECONDS * 2)  # noqa: ASYNC251  # the loop stands still
-        peer.ack()
-        await task
-        assert w.closed == []
-
-    run(body, deadline_seconds=SHORT_SECONDS)
-
-
-def test_two_acks_for_one_request_end_the_connection(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        peer = await w.live()
-        first, second = begin(w.server.add(w.pod("first"))), begin(w.server.add(w.pod("second")))
-        await peer.request()
-        peer.ack()
-        peer.ack()
-        await first
-        assert (await failure(second)).cause == "closed"
-        assert w.closed == ["unsolicited"]
-        assert peer.received[-1] == add_of("first")
-
-    run(body)
-
-
-def test_an_ack_that_was_there_before_the_request_is_not_its(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        peer = await w.live()
-        peer.ack()
-        error = await failure(w.server.add(w.pod("u")))  # the loop has not looked at the socket in between
-        assert error.cause in ("closed", "no-connection")
-        assert w.closed == ["unsolicited"]
-        assert await peer.request() is None
-
-    run(body)
-
-
-WRONG = {
-    "an ack": (answer(), "unsolicited"),
-    "a refusal": (answer("no"), "unsolicited"),
-    "a second hello": (HELLO, "second-hello"),
-    "garbage": (b"\xff", "malformed"),
-    "no payload": (b"\x12\x00", "malformed"),
-    "more than 64 KiB": (b"x" * 65537, "oversized"),
-}
-
-
-IN_STATES = [
-    (state, name)
-    for state in ("idle", "before the snapshot", "waiting")
-    for name, (_, cause) in WRONG.items()
-    if (state, cause) != ("waiting", "unsolicited")  # what is waited for is not wrong
-]
-
-
-@pytest.mark.parametrize(("state", "name"), IN_STATES)
-def test_what_ends_a_connection(run: Callable[..., None], state: str, name: str) -> None:
-    data, cause = WRONG[name]
-
-    async def body(w: World) -> None:
-        peer = await w.greeted() if state == "before the snapshot" else await w.live()
-        task = begin(w.server.add(w.pod("u"))) if state == "waiting" else None
-        if task is not None:
-            await peer.request()
-        peer.send(data)
-        await eventually("the end", lambda: w.closed == [cause])
-        assert await peer.request() is None
-        if task is not None:
-            assert (await failure(task)).cause == "closed"
-
-    run(body)
-
-
-@pytest.mark.parametrize("count", [1, 3, 9])
-@pytest.mark.parametrize("data", [answer(), HELLO], ids=["ack", "hello"])
-def test_descriptors_from_ztunnel_end_the_connection_and_are_closed(
-    run: Callable[..., None], data: bytes, count: int
-) -> None:
-    async def body(w: World) -> None:
-        before = open_descriptors()
-        for hello in (HELLO, None):
-            peer = w.peer(hello)
-            peer.send(data, [w.netns.fd] * count)
-            assert await peer.request() is None
-            peer.close()
-        assert w.closed == ["descriptors"] * 2
-        assert open_descriptors() == before
-
-    run(body)
-
-
-def test_an_end_is_noticed_at_once(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        peer = await w.live()
-        peer.close()
-        await ticks()
-        assert w.statuses() == ()
-        assert w.closed == ["eof"]
-
-    run(body)
-
-
-def test_an_end_while_waiting_fails_everything_that_waits(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        peer = await w.live()
-        tasks = [begin(w.server.add(w.pod(f"u{number}"))) for number in range(3)]
-        await peer.request()
-        peer.close()
-        assert [(await failure(task)).cause for task in tasks] == ["closed"] * 3
-        assert w.messages[-3:] == [("add", "closed")] * 3
-
-    run(body)
-
-
-async def fill(w: World, peer: Peer) -> int:
-    """Have the peer's socket full of Dels that it acknowledged without having read them; returns how many."""
-    count = 0
-    while True:
-        task = begin(w.server.delete(f"{count:0900d}"))
-        await ticks()
-        if w.statuses()[0].state == "live-write":
-            task.cancel()
-            return count
-        count += 1
-        peer.ack()
-        await task
-
-
-def test_a_ztunnel_that_does_not_read_is_given_up(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        before = open_descriptors()
-        peer = await w.live()
-        await fill(w, peer)
-        task = begin(w.server.add(w.pod("u")))
-        assert (await failure(task)).cause == "closed"
-        assert w.closed == ["write-timeout"]
-        assert w.messages[-2:] == [("del", "timeout"), ("add", "closed")]
-        peer.close()
-        assert open_descriptors() == before
-
-    run(body, deadline_seconds=SHORT_SECONDS)
-
-
-def test_an_add_that_cannot_be_written_lets_go_of_its_descriptor(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        before = open_descriptors()
-        peer = await w.live()
-        count = await fill(w, peer)
-        for _ in range(count):
-            await peer.request()
-            await ticks()
-            if w.statuses()[0].state == "live-wait":  # there is room again
-                break
-        peer.ack()
-        long = Workload("l", "n" * 900, "shop", "default", w.netns.fd, 1)
-        tasks = []
-        while w.statuses()[0].state != "live-write":
-            tasks.append(begin(w.server.add(long)))
-            await ticks()
-            if w.statuses()[0].state != "live-write":
-                peer.ack()
-                await tasks[-1]
-        assert (await failure(tasks[-1])).cause == "timeout"
-        peer.close()
-        assert w.closed == ["write-timeout"]
-        await ticks()
-        assert open_descriptors() == before
-
-    run(body, deadline_seconds=SHORT_SECONDS)
-
-
-def test_a_packet_that_had_to_wait_for_room_is_sent(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        peer = await w.live()
-        count = await fill(w, peer)
-        for number in range(count + 1):
-            assert await peer.request() == Delete(f"{number:0900d}")
-        peer.ack()
-        task = begin(w.server.add(w.pod("u")))
-        assert await peer.serve(1) == [add_of("u")]
-        await task
-        assert w.closed == []
-
-    run(body)
-
-
-# --- callers that give up ---------------------------------------------------------------------------------------------
-
-
-def test_what_was_not_sent_is_taken_back(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        peer = await w.live()
-        netns = Netns()
-        before = open_descriptors()
-        first = begin(w.server.add(w.pod("first")))
-        tasks = [begin(w.server.add(w.pod("never", netns=netns))), begin(w.server.delete("never"))]
-        last = begin(w.server.add(w.pod("last")))
-        await peer.request()
-        assert open_descriptors() == before + 2
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await ticks()
-        assert open_descriptors() == before + 1
-        peer.ack()
-        await first
-        assert await peer.serve(1) == [add_of("last")]
-        await last
-        netns.close()
-
-    run(body)
-
-
-def test_what_was_sent_counts_although_nobody_waits(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        peer = await w.live()
-        task = begin(w.server.add(w.pod("u")))
-        await peer.request()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        peer.ack()
-        await eventually("the ack", lambda: w.server.acked("u") == w.netns.inode)
-        assert w.closed == []
-
-    run(body)
-
-
-def test_the_callers_descriptor_may_be_closed_at_once(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        peer = await w.live()
-        first = begin(w.server.add(w.pod("first")))
-        await peer.request()
-        netns = Netns()
-        second = begin(w.server.add(w.pod("second", netns=netns)))
-        await ticks()
-        inode = netns.inode
-        netns.close()
-        reused = Netns()  # most likely gets the same number
-        peer.ack()
-        await peer.serve(1)
-        assert peer.inodes[-1] == inode
-        await asyncio.gather(first, second)
-        reused.close()
-
-    run(body)
-
-
-def test_descriptors_that_cannot_be_sent(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        await w.live()
-        for netns in (None, 1 << 20):
-            with pytest.raises(NetnsError):
-                await w.server.add(Workload("u", "web", "shop", "default", netns, 5))
-        assert len(w.statuses()) == 1
-
-    run(body)
-
-
-def test_names_that_do_not_fit_into_a_message(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        peer = await w.live()
-        before = open_descriptors()
-        long = Workload("u", "n" * 1100, "shop", "default", w.netns.fd, w.netns.inode)
-        error = await failure(w.server.add(long))
-        assert error.cause == "oversized"
-        assert "1024" in error.message
-        assert open_descriptors() == before
-        task = begin(w.server.add(w.pod("v")))
-        await peer.serve(1)
-        await task
-
-    run(body)
-
-
-# --- the snapshot -----------------------------------------------------------------------------------------------------
-
-
-def test_the_snapshot_is_add_keep_and_the_end_once(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        w.enrol("a", "b")
-        w.enrol("c", "d", known=False)
-        peer = await w.live()
-        assert peer.received == [add_of("a"), add_of("b"), Keep("c"), Keep("d"), SnapshotSent()]
-        assert peer.inodes[:2] == [w.netns.inode] * 2
-        assert [w.server.acked(uid) for uid in "abcd"] == [w.netns.inode] * 2 + [None] * 2
-        task = begin(w.server.add(w.pod("c")))  # now its netns is known
-        assert await peer.serve(1) == [add_of("c")]
-        await task
-        w.server.snapshot_ready.set()
-        await ticks()
-        assert peer.is_quiet()
-
-    run(body)
-
-
-def test_a_pod_that_is_acked_needs_no_keep(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        w.enrol("a", "b", known=False)
-        peer = await w.greeted()
-        task = begin(w.server.add(w.pod("a")))
-        await peer.serve(1)
-        await task
-        w.server.snapshot_ready.set()
-        await peer.serve_snapshot()
-        assert peer.received == [add_of("a"), Keep("b"), SnapshotSent()]
-        assert w.server.acked("a") == w.netns.inode
-
-    run(body)
-
-
-def test_the_snapshot_is_read_entry_by_entry(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        taken: list[str] = []
-
-        def source() -> Iterator[Workload]:
-            for uid in "abc":
-                taken.append(uid)
-                yield w.pod(uid)
-
-        w.source = source
-        w.server.snapshot_ready.set()
-        peer = await w.greeted()
-        for count in (1, 2, 3):
-            await peer.request()
-            await ticks()
-            assert len(taken) == count
-            peer.ack()
-        await peer.serve_snapshot()
-
-    run(body)
-
-
-def test_one_bad_pod_among_ten(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        w.enrol(*(f"u{number}" for number in range(10)))
-        w.server.snapshot_ready.set()
-        peer = await w.greeted()
-        await ticks()
-        changes = w.changes
-        while True:
-            request = await peer.request()
-            peer.ack("Too many open files" if request == add_of("u4") else "")
-            if request == SnapshotSent():
-                break
-            await ticks()
-            assert w.changes == changes + (isinstance(request, Add) and int(request.uid[1:]) >= 4)
-        await eventually("the snapshot", lambda: w.server.settled)
-        acked = {f"u{number}" for number in range(10) if w.server.acked(f"u{number}") is not None}
-        assert acked == {f"u{number}" for number in range(10)} - {"u4"}
-        await eventually("the change", lambda: w.changes == changes + 2)
-        assert "u4" in w.statuses()[0].last_error
-        task = begin(w.server.add(w.pod("u4")))
-        await peer.serve(1)
-        await task
-
-    run(body)
-
-
-def test_live_requests_go_before_the_rest_of_the_snapshot(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        w.enrol("a", "b", "c")
-        w.server.snapshot_ready.set()
-        peer = await w.greeted()
-        await peer.request()
-        tasks = [begin(w.server.add(w.pod("c"))), begin(w.server.add(w.pod("x")))]
-        await ticks()
-        peer.ack()
-        await peer.serve_snapshot()
-        await asyncio.gather(*tasks)
-        assert peer.received == [add_of("a"), add_of("c"), add_of("x"), add_of("b"), SnapshotSent()]
-
-    run(body)
-
-
-def test_a_pod_that_ends_during_the_snapshot_is_left_out(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        w.enrol("a", "b", "c")
-        w.server.snapshot_ready.set()
-        peer = await w.greeted()
-        await peer.request()
-        task = begin(w.server.delete("b"))
-        await ticks()
-        peer.ack()
-        await peer.serve_snapshot()
-        await task
-        assert peer.received == [add_of("a"), Delete("b"), add_of("c"), SnapshotSent()]
-
-    run(body)
-
-
-def test_a_pod_that_ends_before_the_hello_is_left_out_unless_it_comes_back(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        w.enrol("a", "back", "b")
-        peer = w.peer(hello=None)
-        await eventually("the connection", lambda: len(w.statuses()) == 1)
-        await w.server.delete("b")
-        await w.server.delete("back")
-        with pytest.raises(ZtunnelError):
-            await w.server.add(w.pod("back"))
-        peer.send(HELLO)
-        w.server.snapshot_ready.set()
-        await peer.serve_snapshot()
-        assert peer.received == [add_of("a"), add_of("back"), SnapshotSent()]
-
-    run(body)
-
-
-def test_a_del_that_was_taken_back_leaves_the_pod_in_the_snapshot(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        w.enrol("a", "b")
-        w.server.snapshot_ready.set()
-        peer = await w.greeted()
-        await peer.request()
-        task = begin(w.server.delete("b"))
-        await ticks()
-        task.cancel()
-        peer.ack()
-        await peer.serve_snapshot()
-        assert peer.received == [add_of("a"), add_of("b"), SnapshotSent()]
-
-    run(body)
-
-
-def test_a_pod_that_comes_back_during_the_snapshot_is_named(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        w.enrol("a")
-        peer = await w.greeted()
-        other = Netns()
-        tasks = [begin(w.server.delete("x")), begin(w.server.delete("a"))]
-        tasks.append(begin(w.server.add(w.pod("a", netns=other))))  # before its Del was sent
-        await peer.serve(3)
-        await asyncio.gather(*tasks)
-        w.server.snapshot_ready.set()
-        await peer.serve_snapshot()
-        # Its entry has another netns than the one acked: it is sent, for the snapshot is what is to be.
-        assert peer.received[1:] == [Delete("a"), add_of("a"), add_of("a"), SnapshotSent()]
-        assert peer.inodes == [None, None, other.inode, w.netns.inode, None]
-        other.close()
-
-    run(body)
-
-
-def test_a_snapshot_that_cannot_be_made_is_never_said_to_be_whole(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        def source() -> Iterator[Workload]:
-            yield w.pod("a")
-            raise RuntimeError("no more")
-
-        w.source = source
-        w.server.snapshot_ready.set()
-        peer = await w.greeted()
-        assert await peer.serve(1) == [add_of("a")]
-        assert await peer.request() is None
-        assert w.closed == ["snapshot"]
-        w.source = lambda: [w.pod("a")]
-        await w.live()
-
-    run(body)
-
-
-def test_a_pod_whose_descriptor_is_of_no_use_is_kept(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        w.source = lambda: [
-            Workload("gone", "web", "shop", "default", 1 << 20, 5),
-            Workload("long", "n" * 1100, "shop", "default", w.netns.fd, 5),
-            w.pod("a"),
-        ]
-        peer = await w.live()
-        assert peer.received == [Keep("gone"), Keep("long"), add_of("a"), SnapshotSent()]
-
-    run(body)
-
-
-def test_every_connection_gets_its_own_snapshot(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        w.enrol("a", "b")
-        w.server.snapshot_ready.set()
-        first, second = await w.greeted(), await w.greeted()
-        for peer in (second, first):
-            await peer.serve_snapshot()
-            assert peer.received == [add_of("a"), add_of("b"), SnapshotSent()]
-        first.close()
-        second.close()
-        third = await w.live()
-        assert third.received == [add_of("a"), add_of("b"), SnapshotSent()]
-
-    run(body)
-
-
-def test_no_answer_during_the_snapshot_ends_the_connection(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        w.enrol("a", "b")
-        w.server.snapshot_ready.set()
-        peer = await w.greeted()
-        await peer.request()
-        assert await peer.request() is None
-        assert w.closed == ["ack-timeout"]
-        assert w.server.acked("a") is None
-
-    run(body, deadline_seconds=SHORT_SECONDS)
-
-
-def test_a_refused_end_of_the_snapshot_is_not_said_again(run: Callable[..., None]) -> None:
-    async def body(w: World) -> None:
-        w.server.snapshot_ready.set()
-        peer = await w.greeted()
-        assert await peer.request() == SnapshotSent()
-        peer.ack("no")
-        await eventually("the snapshot", lambda: w.server.settled)
-        await ticks()
-        assert peer.is_quiet()
-
-    run(body)
-
-
 # --- who is let in ----------------------------------------------------------------------------------------------------
 
 
-def test_no_hello_in_time(run: Callable[..., None]) -> None:
+def test_no_hello_in_time(run: Run) -> None:
     async def body(w: World) -> None:
         peer = w.peer(hello=None)
         assert await peer.request() is None
@@ -887,7 +262,7 @@ def test_no_hello_in_time(run: Callable[..., None]) -> None:
     run(body, deadline_seconds=SHORT_SECONDS)
 
 
-def test_200_silent_connections_do_not_delay_a_ztunnel(run: Callable[..., None], tmp_path: Path) -> None:
+def test_200_silent_connections_do_not_delay_a_ztunnel(run: Run, tmp_path: Path) -> None:
     async def body(w: World) -> None:
         w.server.snapshot_ready.set()
         w.enrol("old")
@@ -909,9 +284,7 @@ def test_200_silent_connections_do_not_delay_a_ztunnel(run: Callable[..., None],
     run(body, window_seconds=1.0)
 
 
-def test_a_process_that_connects_again_and_again_is_slowed_and_nobody_else(
-    run: Callable[..., None], tmp_path: Path
-) -> None:
+def test_a_process_that_connects_again_and_again_is_slowed_and_nobody_else(run: Run, tmp_path: Path) -> None:
     window = 0.5
 
     async def body(w: World) -> None:
@@ -932,7 +305,7 @@ def test_a_process_that_connects_again_and_again_is_slowed_and_nobody_else(
     run(body, window_seconds=window)
 
 
-def test_only_root_and_the_agents_own_user_may_connect(run: Callable[..., None], tmp_path: Path) -> None:
+def test_only_root_and_the_agents_own_user_may_connect(run: Run, tmp_path: Path) -> None:
     async def body(w: World) -> None:
         for path in (tmp_path, *tmp_path.parents[:3]):
             path.chmod(0o755)
@@ -976,7 +349,7 @@ def test_stopping_leaves_a_successors_path(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_what_people_are_told(run: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_people_are_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
     async def body(w: World) -> None:
@@ -1009,7 +382,7 @@ def test_what_people_are_told(run: Callable[..., None], caplog: pytest.LogCaptur
     run(body)
 
 
-def test_descriptors_stay_as_many(run: Callable[..., None]) -> None:
+def test_descriptors_stay_as_many(run: Run) -> None:
     async def body(w: World) -> None:
         w.enrol(*(f"s{number}" for number in range(20)))
 
@@ -1048,7 +421,7 @@ async def ended(task: asyncio.Task[Any], stand_in: StandIn) -> None:
     stand_in.close()
 
 
-def test_fifty_pods_with_two_overlapping_ztunnels(run: Callable[..., None]) -> None:
+def test_fifty_pods_with_two_overlapping_ztunnels(run: Run) -> None:
     async def body(w: World) -> None:
         with own_netns() as netns:
             inode = os.fstat(netns).st_ino
@@ -1096,9 +469,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("fault", "result", "cause"), FAULTS.values(), ids=FAULTS)
-def test_a_ztunnel_with_a_fault_is_back_with_its_pods(
-    run: Callable[..., None], fault: str, result: str, cause: str
-) -> None:
+def test_a_ztunnel_with_a_fault_is_back_with_its_pods(run: Run, fault: str, result: str, cause: str) -> None:
     async def body(w: World) -> None:
         with own_netns() as netns:
             w.pods = {"old": Workload("old", "old", "shop", "default", netns, 1)}
@@ -1118,7 +489,3 @@ def test_a_ztunnel_with_a_fault_is_back_with_its_pods(
             await ended(running, stand_in)
 
     run(body, deadline_seconds=SHORT_SECONDS)
-
-
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))

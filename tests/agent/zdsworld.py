@@ -6,19 +6,22 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import pytest
 from lab.ztunnel.messages import HELLO, Packet, answer, next_packet
 
 from meshcni.agent.ztunnel import ConnectionStatus, Meter, Workload, ZtunnelServer
+from meshcni.errors import CNI_TRY_AGAIN_LATER, ZtunnelError
 from meshcni.host.sockets import listen_seqpacket
-from meshcni.protocols.zds import Request, decode_request
+from meshcni.protocols.zds import Add, Request, decode_request
 
 PATIENCE_SECONDS = 20.0
 STEP_SECONDS = 0.002
+SHORT_SECONDS = 0.2  # a deadline that is meant to pass
 
 
 async def eventually(what: str, condition: Callable[[], Any]) -> None:
@@ -206,3 +209,46 @@ class Peer:
 
     def close(self) -> None:
         self.socket.close()
+
+
+def add_of(uid: str) -> Add:
+    """What ztunnel is told of `World.pod`."""
+    return Add(uid, f"name-{uid}", "shop", "default")
+
+
+def begin(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    return asyncio.create_task(coroutine)
+
+
+async def failure(task: Awaitable[None]) -> ZtunnelError:
+    with pytest.raises(ZtunnelError) as raised:
+        await task
+    assert raised.value.cni_code == CNI_TRY_AGAIN_LATER
+    return raised.value
+
+
+async def ticks() -> None:
+    """Let everything happen that does not wait for something."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+class Run(Protocol):
+    """Runs a test's coroutine against a server (fixture `run` of this folder)."""
+
+    def __call__(self, body: Callable[[World], Awaitable[None]], **settings: Any) -> None: ...
+
+
+def runner(path: Path) -> Run:
+    def start(body: Callable[[World], Awaitable[None]], **settings: Any) -> None:
+        async def main() -> None:
+            async with world(path, **settings) as made:
+                await body(made)
+
+        asyncio.run(main())
+
+    return start
