@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,14 @@ class Agent:
         if wait:
             self.wait_ready()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a process."""
+        return self.process is not None and self.process.poll() is None
+
     def ensure(self, options: AgentOptions) -> None:
         """Have it running with `options`, restarting it only when it runs with others or not at all."""
-        if self.process is not None and self.process.poll() is None:
+        if self.is_running:
             if self.options == options:
                 return
             self.terminate()
@@ -147,6 +153,16 @@ class Agent:
     def kill(self) -> int:
         """Send SIGKILL."""
         return self._end(signal.SIGKILL)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Let it do nothing for a while, without its end being noticed by anybody."""
+        assert self.process is not None, "an agent that runs"
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def log_text(self) -> str:
         """Return all it has logged."""

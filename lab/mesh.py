@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -112,7 +112,20 @@ class Mesh:
         """Break the half-open watch, so that the agent makes a new one."""
         self.api.do(lambda server: server.cut_watches(PODS_PATH))
 
-    def start_pod(self, pod: Mapping[str, Any], *, in_api: bool = True, retry_seconds: float = 0.0) -> RunningPod:
+    @contextmanager
+    def chain_without_us(self) -> Iterator[None]:
+        """Let the runtime use a chain without our plugin, as before an installation or just after a rewrite."""
+        agent = self.agent
+        with agent.frozen() if agent.is_running else nullcontext():
+            self.runtime.write_chain()
+            wait_until("containerd has loaded the bare chain", lambda: not agent.is_in_chain(), KNOWN_SECONDS)
+            yield
+        if agent.is_running:
+            agent.wait_in_chain()
+
+    def start_pod(
+        self, pod: Mapping[str, Any], *, in_api: bool = True, retry_seconds: float = 0.0, report: bool = True
+    ) -> RunningPod:
         """Start the sandbox of `pod`, report its addresses, serve its application port; its proxy is not started.
 
         With `retry_seconds` a refused sandbox is tried again for so long, as a kubelet does. Raises CriError.
@@ -122,7 +135,8 @@ class Mesh:
         sandbox = self._run_sandbox(pod, retry_seconds)
         running = RunningPod(pod, sandbox, self.runtime.netns_path(sandbox))
         self.pods.append(running)
-        self.report(running)
+        if report:
+            self.report(running)
         if sandbox.netns:
             self.servers.serve(running.netns, APP_PORT)
         return running

@@ -29,7 +29,6 @@ BACKENDS = {
 }
 MODE = istio.DATAPLANE_MODE
 OURS = re.compile(r"istio|ISTIO|0x111")
-FOREIGN = re.compile(r"^#|^\*|^COMMIT|^:|^$")
 
 
 def start_pods(mesh: Mesh, objects: Iterable[Mapping[str, Any]], retry_seconds: float = 30.0) -> list[RunningPod]:
@@ -96,10 +95,16 @@ def kernel(mesh: Mesh, netns: str) -> list[str]:
     if legacy_tables_loaded(mesh.node, netns):
         script += "iptables-legacy-save; ip6tables-legacy-save; "
     text = COUNTERS.sub("", mesh.node.run(["sh", "-c", f"{script} true"], netns=netns))
-    tables, _, rest = text.partition("\n\n") if not text.startswith("\n") else ("", "", text)
-    blocks = sorted(re.findall(r"^table .*?^}$", tables, re.MULTILINE | re.DOTALL))
-    lines = [line for block in blocks for line in block.splitlines()]
+    tables = sorted(re.findall(r"^table .*?^}$", text, re.MULTILINE | re.DOTALL))
+    lines = [line for table in tables for line in chains_sorted(table)]
+    rest = re.sub(r"^table .*?^}$", "", text, flags=re.MULTILINE | re.DOTALL)
     return lines + [line for line in rest.splitlines() if line and not line.startswith("#")]
+
+
+def chains_sorted(table: str) -> list[str]:
+    """A table's lines with its chains by name: their order is that of their making and says nothing."""
+    head, *chains = re.split(r"\n(?=\t(?:chain|set|map) )", table.removesuffix("\n}"))
+    return [head, *(line for chain in sorted(chains) for line in chain.splitlines() if line), "}"]
 
 
 def host_set(mesh: Mesh) -> dict[str, str]:
