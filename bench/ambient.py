@@ -177,7 +177,7 @@ def restart(mesh: Mesh, backend: Backend) -> list[Row]:
     empty = ready_milliseconds_without_pods(mesh, backend)
     with ambient_mesh(mesh, backend) as stand_in, ExitStack() as stack:
         adds = Adds(
-            mesh, f"many-{backend.value[:3]}", [_running_pod(number) for number in range(PODS + RESTARTS)], stack
+            mesh, f"many-{backend.value[:3]}", _pods(), stack
         )
         for number in range(PODS):
             run(mesh.node, adds.command(number))
@@ -266,9 +266,11 @@ def _annotated(mesh: Mesh) -> int:
     return sum(pod["metadata"].get("annotations", {}).get(istio.AMBIENT_REDIRECTION) == enabled for pod in pods)
 
 
-def _running_pod(number: int) -> Mapping[str, Any]:
-    """A pod whose address the API knows, as that of a pod that runs."""
-    return ambient_pod("bench", f"many-{next(_names)}", ips=(f"10.78.{number // 250}.{number % 250 + 1}",))
+def _pods() -> list[Mapping[str, Any]]:
+    """Pods whose address the API knows, as those that run, and one to come in each restart."""
+    running = [((number // 250), number % 250 + 1) for number in range(PODS)]
+    pods = [ambient_pod("bench", f"many-{next(_names)}", ips=(f"10.78.{a}.{b}",)) for a, b in running]
+    return [*pods, *(ambient_pod("bench", f"many-{next(_names)}") for _ in range(RESTARTS))]
 
 
 def _start_processes(mesh: Mesh, adds: Adds, stack: ExitStack) -> None:

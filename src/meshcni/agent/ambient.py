@@ -24,7 +24,7 @@ from meshcni.agent.netnssearch import NetnsSearch
 from meshcni.agent.podrecord import Netns, PodRecord
 from meshcni.agent.programming import Programmer
 from meshcni.agent.reconciler import EnrollmentError, Reconciler
-from meshcni.agent.steps import PatchesRedirection, StepParts, Steps, Warn, leave_sandbox, version_of, workload
+from meshcni.agent.steps import PatchesRedirection, StepParts, Steps, Warn, version_of, workload
 from meshcni.agent.verification import Verification
 from meshcni.agent.ztunnel import Meter, Workload, ZtunnelServer
 from meshcni.errors import MeshCniError, PodSpecError
@@ -41,6 +41,7 @@ from meshcni.rules.plan import digest
 log = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 45.0  # for all pods of the node to be un-enrolled
+STAYS_HINT = "they stay captured until they end; delete them, or uninstall again when the cause is gone"
 Addresses = Collection[IPv4Address | IPv6Address]
 
 
@@ -126,11 +127,19 @@ class Ambient:
             group.create_task(self.host.start())
             await self._pods.synced.wait()
             await self._namespaces.synced.wait()
-            for pod in self._pods.items():  # again: the namespaces are known now
-                self.observe(pod)
-            await self._adopt()
+            await self.adopt()
             group.create_task(self._adopt_addresses())
             await self.verification.run()
+
+    async def adopt(self) -> None:
+        """Take in every pod that was read, with what earlier agents left of it; from then on they are worked on."""
+        for pod in self._pods.items():  # again: the namespaces are known now
+            self.observe(pod)
+        await self._adopt()
+
+    def begin_to_leave(self) -> None:
+        """From now on no pod belongs to ambient mode; those that are adopted later leave too."""
+        self._leaving = True
 
     async def close(self) -> None:
         """End all work; pods, host and ztunnel keep what they have."""
@@ -151,7 +160,9 @@ class Ambient:
 
     async def unenroll_all(self) -> tuple[str, ...]:
         """Take every pod of this node out of the mesh. Returns what was done as sentences; raises MeshCniError."""
-        self._leaving = True
+        if not self._adopted:
+            raise EnrollmentError("the ambient pods of this node are not looked at yet", "try again in a moment")
+        self.begin_to_leave()
         names = [record.name for record in self.records]
         for record in self.records:
             record.intent = Intent.LEAVE
@@ -159,8 +170,8 @@ class Ambient:
         end = time.monotonic() + LEAVE_SECONDS
         while len(self.records):
             if time.monotonic() > end:
-                left = ", ".join(record.name for record in self.records)
-                raise EnrollmentError(f"still enrolled after {LEAVE_SECONDS:.0f} s: {left}", "see install-cni status")
+                left = "; ".join(f"{record.name} ({record.error or 'no step failed'})" for record in self.records)
+                raise EnrollmentError(f"not un-enrolled within {LEAVE_SECONDS:.0f} s: {left}", STAYS_HINT)
             await asyncio.sleep(0.05)
         return tuple(f"un-enrolled pod {name}" for name in names)
 
@@ -175,7 +186,7 @@ class Ambient:
         for record in records:
             netns = found.get(record.uid)
             if netns is not None and record.netns is None:
-                await self.steps.settle_in(record, netns)
+                self.steps.settle_in(record, netns)
             elif netns is not None:
                 netns.close()  # an ADD came in between
         if self.host.ready.is_set():
@@ -193,18 +204,18 @@ class Ambient:
         self.records.wake_all()
 
     async def _claim_addresses(self) -> None:
-        staying = [
-            record for record in self.records if record.intent is Intent.ENROLL and record.life is not Life.ENDED
-        ]
+        known = [record for record in self.records if record.life is not Life.ENDED]
+        staying = [record for record in known if record.intent is Intent.ENROLL]
         enrolled = [record for record in staying if record.actual.enrolled]
         claims = {address: record.uid for record in enrolled for address in record.addresses}
         try:
-            await self.host.adopt(claims, {record.uid for record in staying})
+            complete = all(record.addresses for record in staying)
+            await self.host.adopt(claims, {record.uid for record in known}, complete=complete)
         except (MeshCniError, OSError) as error:
             log.error("the set of probed addresses: %s", error)  # the workers put each pod's in
             return
         for record in enrolled:
-            record.actual = replace(record.actual, addresses=record.addresses)
+            record.actual = replace(record.actual, addresses=self.host.addresses_of(record.uid))
 
     # --- what others tell ---------------------------------------------------------------------------------------------
 
@@ -217,40 +228,50 @@ class Ambient:
             raise EnrollmentError("ambient mode is being removed from this node", "the conf entry goes next; try again")
         record = self.records.get(pod.uid)
         if record is None:
-            record = PodRecord(pod, Intent.ENROLL, "add", actual=replace(adopted(annotation_of(pod)), enrolled=False))
+            record = PodRecord(pod, Intent.ENROLL, "add", actual=adopted(annotation_of(pod)))
             self.records.put(record)
         record.pod, record.intent, record.in_api = pod, Intent.ENROLL, True
         self._read_parameters(record)
         if record.parameters_error is not None:
             raise record.parameters_error
-        await self._enter_sandbox(record, Netns(os.dup(netns_fd), netns_name))
-        record.addresses = frozenset(addresses) or record.addresses
-        record.waiter = asyncio.get_running_loop().create_future()
-        waiter = record.waiter
+        self._enter_sandbox(record, Netns(os.dup(netns_fd), netns_name), frozenset(map(_unmapped, addresses)))
+        waiter = record.waiter = asyncio.get_running_loop().create_future()
         self.records.wake(record)
         try:
             async with asyncio.timeout(seconds):
                 await asyncio.shield(waiter)
-        except TimeoutError:
+        except asyncio.CancelledError:
             self._give_up(record, waiter)
-            step = next(iter(record.failed), None)
+            raise
+        except TimeoutError:
+            if _succeeded(waiter):
+                return record
+            self._give_up(record, waiter)
+            step = record.step or next(iter(record.failed), None)
             raise EnrollmentError(
                 f"pod {pod.full_name} was not enrolled within {seconds:g} s{f' (step {step.value})' if step else ''}",
                 "is ztunnel of this node answering? install-cni status tells",
             ) from None
         return record
 
-    async def _enter_sandbox(self, record: PodRecord, netns: Netns) -> None:
+    def _enter_sandbox(self, record: PodRecord, netns: Netns, addresses: frozenset[IPv4Address | IPv6Address]) -> None:
         if record.waiter is not None and not record.waiter.done():
             record.waiter.set_exception(EnrollmentError("another ADD of the same pod came after this one"))
         if record.netns is not None and record.netns.id == netns.id:
-            netns.close()  # the runtime repeats itself: what is in place counts
+            netns.close()  # the runtime repeats itself: what is in place counts, once it was looked at
+            record.actual = replace(record.actual, rules="")
+            record.addresses = addresses or record.addresses
         else:
-            leave_sandbox(record, by_add=True)
-            await self.steps.settle_in(record, netns)
+            record.leave_sandbox(by_add=True)
+            self.steps.settle_in(record, netns)
+            record.addresses = addresses
+        in_api = frozenset(pod_addresses(record.pod)[0])
+        record.outdated = in_api if in_api != record.addresses else frozenset()
         if not record.actual.enrolled:
             record.life = Life.STARTING
         record.undoing, record.error, record.attempts = False, None, 0
+        record.failed.clear()
+        record.reasons.clear()
         record.milliseconds.clear()
         record.started_at, record.desired_since = time.monotonic(), None
 
@@ -259,7 +280,7 @@ class Ambient:
         waiter.cancel()
         if record.waiter is waiter:
             record.waiter = None
-            if not record.actual.enrolled:
+            if record.life is Life.STARTING:
                 record.undoing = True
                 record.error = record.error or EnrollmentError("enrolment took too long")
             self.records.wake(record)
@@ -274,10 +295,9 @@ class Ambient:
         if record is None:
             if annotation is Annotation.ABSENT and (intent is Intent.LEAVE or pod.has_terminated or not addresses):
                 return  # nothing of ours, or its ADD is still to come
-            record = PodRecord(
-                pod, intent, "informer" if self._adopted else "start", actual=adopted(annotation), annotated_at=0
-            )
-            record.actual = replace(record.actual, addresses=self.host.addresses_of(pod.uid))
+            belongs = intent is Intent.ENROLL and not self._adopted  # an agent before us may have been at it
+            actual = replace(adopted(annotation, belongs=belongs), addresses=self.host.addresses_of(pod.uid))
+            record = PodRecord(pod, intent, "informer" if self._adopted else "start", actual=actual)
             self.records.put(record)
         record.pod, record.intent, record.in_api = pod, intent, True
         if malformed:
@@ -300,6 +320,9 @@ class Ambient:
         return Intent.LEAVE if annotation is Annotation.ABSENT else Intent.ENROLL
 
     def _take_addresses(self, record: PodRecord, addresses: frozenset[IPv4Address | IPv6Address]) -> None:
+        if addresses == record.outdated:
+            return
+        record.outdated = frozenset()
         moved = bool(record.addresses) and record.addresses.isdisjoint(addresses)
         record.addresses = addresses
         if moved and record.life is Life.RUNNING:
@@ -361,7 +384,7 @@ class Ambient:
     def _snapshot(self) -> Iterator[Workload]:
         """Every pod that ztunnel should have; one without a known netns keeps what ztunnel has for it."""
         for record in self.records:
-            if record.actual.announced and record.life is not Life.ENDED and not record.undoing:
+            if self.records.is_named(record):
                 yield workload(record)
 
     def _ztunnel_changed(self) -> None:
@@ -435,6 +458,16 @@ def _meter(metrics: Metrics) -> Meter:
         closed=lambda cause: metrics.count(m.ZDS_CLOSED, cause=cause),
         refused=lambda cause: metrics.count(m.REFUSED, socket="ztunnel", cause=cause),
     )
+
+
+def _unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
+
+
+def _succeeded(waiter: asyncio.Future[None]) -> bool:
+    """Whether the answer came in the moment in which the time ran out."""
+    return waiter.done() and not waiter.cancelled() and waiter.exception() is None
 
 
 STATES = ("enrolled", "pending", "leaving", "unknown")

@@ -6,7 +6,7 @@ import logging
 import os
 from ipaddress import IPv4Address, IPv6Address
 
-from meshcni.agent.ambient import Ambient, AmbientConfig
+from meshcni.agent.ambient import Ambient, AmbientConfig, Namespaces, Pods
 from meshcni.agent.hostside import HostConfig, HostSide
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.netnssearch import NetnsSearch
@@ -18,10 +18,8 @@ from meshcni.host.hostpaths import ProcRoot, find_proc_root, host_netns_path
 from meshcni.host.netns import call_in_netns, open_netns
 from meshcni.host.nodeaddress import node_address
 from meshcni.host.podnetns import NetnsFinder
-from meshcni.kube.informer import Informer
 from meshcni.pods.ambient import AmbientParameters
 from meshcni.pods.ambientsettings import probe_addresses
-from meshcni.pods.model import Namespace, Pod
 from meshcni.rules.model import Family
 
 log = logging.getLogger(__name__)
@@ -29,8 +27,8 @@ log = logging.getLogger(__name__)
 
 def make_ambient(
     settings: Settings,
-    pods: Informer[Pod],
-    namespaces: Informer[Namespace],
+    pods: Pods,
+    namespaces: Namespaces,
     programmer: Programmer,
     api: PatchesRedirection,
     warn: Warn,

@@ -55,6 +55,7 @@ GAUGE_SECONDS = 5.0
 MAX_LOG_BODY_BYTES = 1024 * 1024
 SHARE_OF_GRACE_TO_DECIDE = 0.6
 DRAIN_SECONDS = 5.0
+CLEANING_SECONDS = 3.0  # of the grace period, for the host's part after pods were un-enrolled
 
 
 class Agent:
@@ -247,6 +248,7 @@ class Agent:
         """Decide what stays on the node, clean up if so decided, finish ADDs under way."""
         settings = self.settings
         grace = settings.shutdown_grace_seconds
+        end = asyncio.get_running_loop().time() + grace
         try:
             async with asyncio.timeout(grace):
                 await self._stop_installing()
@@ -263,9 +265,10 @@ class Agent:
                 decision = decide_shutdown(evidence)
                 log.info("at shutdown: %s: %s", decision.outcome.value, decision.why, extra=labels(row=decision.row))
                 if decision.clean_up:
-                    if self.ambient is not None and settings.ambient_unenroll_on_uninstall:
-                        await self.ambient.unenroll_all()
-                    await self._take_away()
+                    await self._take_files(purge=False)
+                    if settings.ambient_unenroll_on_uninstall:
+                        await self._unenroll_in_time(end - CLEANING_SECONDS)
+                    await self._take_host()
         except TimeoutError:
             log.error("not done within the %s s of SHUTDOWN_GRACE_SECONDS; what is still there stays", grace)
             return 1
@@ -281,16 +284,32 @@ class Agent:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def _take_away(self, *, purge: bool = False) -> tuple[str, ...]:
-        """Stop installing and remove what was installed; of ambient mode what is the host's."""
+    async def _take_files(self, *, purge: bool) -> tuple[str, ...]:
+        """Stop installing and remove what was installed. Returns what was done as sentences."""
         await self._stop_installing()
-        done = await self.installer.uninstall(purge=purge)
-        if self.ambient is not None:
-            await self.ambient.host.remove_all()
-            done = (*done, "removed the host's probe rules and sets")
-        for sentence in done:
-            log.info("%s", sentence)
-        return done
+        return _said(await self.installer.uninstall(purge=purge))
+
+    async def _unenroll_in_time(self, end: float) -> None:
+        """Take pods out of the mesh until then. Those that are not out stay captured; the rest is removed all the same.
+
+        A node that kept our conf because of one pod would start no other one any more.
+        """
+        if self.ambient is None:
+            return
+        try:
+            async with asyncio.timeout_at(end):
+                _said(await self.ambient.unenroll_all())
+        except TimeoutError:
+            log.error("no time is left to un-enrol %s", ", ".join(record.name for record in self.ambient.records))
+        except MeshCniError as error:
+            log.error("%s", error)
+
+    async def _take_host(self) -> tuple[str, ...]:
+        """Remove the host's part of ambient mode, if there is one. Returns what was done as sentences."""
+        if self.ambient is None:
+            return ()
+        await self.ambient.host.remove_all()
+        return _said(("removed the host's probe rules and sets",))
 
     async def _close(self) -> None:
         accepting = self._tasks.get("add-server")
@@ -357,8 +376,9 @@ class Agent:
         if request.method != "POST":
             return Response(405, b"POST uninstalls\n")
         try:
-            left = await self.ambient.unenroll_all() if self.ambient is not None else ()
-            done = (*left, *await self._take_away(purge=request.query == PURGE_QUERY))
+            left = _said(await self.ambient.unenroll_all()) if self.ambient is not None else ()
+            files = await self._take_files(purge=request.query == PURGE_QUERY)
+            done = (*left, *files, *await self._take_host())
         except MeshCniError as error:
             return Response(500, f"{error}\n".encode())
         return Response(200, json.dumps({"done": list(done)}).encode() + b"\n", JSON)
@@ -406,3 +426,10 @@ class Agent:
                 gc.collect()
                 gc.freeze()
                 self._frozen = True
+
+
+def _said(sentences: tuple[str, ...]) -> tuple[str, ...]:
+    """The same sentences, once they are logged."""
+    for sentence in sentences:
+        log.info("%s", sentence)
+    return sentences

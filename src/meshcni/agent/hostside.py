@@ -68,12 +68,15 @@ class HostSide:
         self._branches: dict[Address, brancheni.BranchRules] = {}
         self._branch_eni = False
         self._without_owners = False  # the kernel keeps no comments
+        self._removed = False
 
     async def start(self) -> None:
         """Adopt the set, put the rules in place; tries until it works. `trouble` says why not meanwhile."""
         while not self.ready.is_set():
             try:
                 async with self._alone:
+                    if self._removed:
+                        return
                     await self._set_up()
             except (MeshCniError, OSError) as error:
                 if str(error) != self.trouble:
@@ -140,9 +143,15 @@ class HostSide:
             drift = await self._in_host(lambda: self._mend_rules(uid, choice))
             return (*drift, *await self._in_host(self._mend_set))
 
+    async def entries(self) -> dict[Address, str]:
+        """What the sets of both backends hold, whoever put it there. Raises MeshCniError."""
+        async with self._alone:
+            return await self._in_host(lambda: {**self._other_set().entries(), **self._set().entries()})
+
     async def remove_all(self) -> None:
         """Take rules, sets and branch ENI rules away: the agent leaves this node. Raises MeshCniError."""
         async with self._alone:
+            self._removed = True
             self.ready.clear()
             self.trouble = "the host's probe rules were removed on purpose"
             await self._in_host(self._take_away)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from meshcni.errors import MeshCniError
 from meshcni.pods.ambient import AmbientParameters
-from meshcni.pods.enrollment import NOTHING, Actual, Addresses, Desired, Intent, Life, NetnsId, Step
+from meshcni.pods.enrollment import NOTHING, Actual, Addresses, Desired, Intent, Life, NetnsId, Step, in_new_sandbox
 from meshcni.pods.model import Pod
 
 
@@ -36,7 +36,8 @@ class PodRecord:
     """The one record of a pod UID. Only the event loop's thread touches it.
 
     `parameters` is None when an annotation makes none (`parameters_error`). `addresses` are those of the API object,
-    before it has any those of the ADD. `failed` holds the failed steps of this pass; `generation` counts sandboxes,
+    before it has any those of the ADD; `outdated` those that the API object had when the ADD brought others, which it
+    shows until the kubelet has told it. `failed` holds the failed steps of this pass; `generation` counts sandboxes,
     so that what was done in an old one is not taken for done in the new.
     """
 
@@ -50,11 +51,15 @@ class PodRecord:
     parameters_error: MeshCniError | None = None
     wanted_rules: str = ""  # names the rule set that `parameters` lead to
     addresses: Addresses = frozenset()
+    outdated: Addresses = frozenset()
     netns: Netns | None = None
     generation: int = 0
+    displaced: set[str] = field(default_factory=set)  # UIDs that ztunnel must let go of before it gets this netns
     undoing: bool = False
     failed: set[Step] = field(default_factory=set)
     error: MeshCniError | None = None
+    reasons: dict[Step, str] = field(default_factory=dict)  # why steps failed, as people were told
+    step: Step | None = None  # under way
     attempts: int = 0  # failed passes in a row
     waiter: asyncio.Future[None] | None = None  # of the ADD
     started_at: float = field(default_factory=time.monotonic)
@@ -78,6 +83,13 @@ class PodRecord:
         """What the pod should be."""
         netns = self.netns.id if self.netns else None
         return Desired(self.intent, self.life, netns, self.wanted_rules, self.addresses, self.in_api)
+
+    def leave_sandbox(self, *, by_add: bool) -> None:
+        """Forget the netns and what was known to be in it; `by_add`: nothing runs in the next one yet."""
+        self.drop_netns()
+        self.generation += 1
+        self.failed.clear()
+        self.actual = in_new_sandbox(self.actual, by_add=by_add)
 
     def drop_netns(self) -> None:
         """Forget the namespace."""

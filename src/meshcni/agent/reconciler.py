@@ -26,15 +26,19 @@ from meshcni.pods.enrollment import (
     Step,
     after,
     begun,
+    is_captured,
     is_desired,
+    is_named,
     next_row,
     undoes,
 )
+from meshcni.pods.model import pod_addresses
 
 log = logging.getLogger(__name__)
 
 FIRST_DELAY_SECONDS = 0.1
 MAX_DELAY_SECONDS = 10.0
+IN_NETNS = frozenset({Step.LOOK, Step.ROUTES, Step.RULES, Step.REMOVE_RULES})  # what they did stays in that netns
 
 
 class EnrollmentError(MeshCniError):
@@ -70,7 +74,8 @@ class Effects(Protocol):
 class Reconciler:
     """The records by pod UID and their workers.
 
-    `on_desired` hears of a pod that has become as it should be, `on_left` of a record that is gone for good.
+    `on_desired` hears of a pod that has become as it should be, `on_left` of a record that is gone for good. After a
+    failed pass the next one waits `first_delay_seconds`, twice as long each time, up to `max_delay_seconds`.
     """
 
     def __init__(
@@ -80,6 +85,8 @@ class Reconciler:
         *,
         on_desired: Callable[[PodRecord], None] = lambda record: None,
         on_left: Callable[[PodRecord], None] = lambda record: None,
+        first_delay_seconds: float = FIRST_DELAY_SECONDS,
+        max_delay_seconds: float = MAX_DELAY_SECONDS,
     ) -> None:
         self._link = link
         self._effects = effects
@@ -87,8 +94,11 @@ class Reconciler:
         self._on_left = on_left
         self._records: dict[str, PodRecord] = {}
         self._workers: dict[str, asyncio.Task[None]] = {}
+        self._woken: set[str] = set()  # while their workers are at it
         self._retries: dict[str, asyncio.TimerHandle] = {}
+        self._first_delay_seconds, self._max_delay_seconds = first_delay_seconds, max_delay_seconds
         self._chance = random.Random()
+        self._closed = False
         self.paused = True  # until what earlier agents left has been looked at; ADDs are served nevertheless
 
     def __iter__(self) -> Iterator[PodRecord]:
@@ -106,15 +116,17 @@ class Reconciler:
         self._records[record.uid] = record
 
     def wake(self, record: PodRecord) -> None:
-        """Look at the record now, whatever delay it has."""
-        if self.paused and record.waiter is None:
+        """Look at the record now, or once its worker has gone through what it is at, whatever delay it has."""
+        if self._closed or (self.paused and record.waiter is None) or self._records.get(record.uid) is not record:
             return
         timer = self._retries.pop(record.uid, None)
         if timer is not None:
             timer.cancel()
-        if record.uid not in self._workers:
-            task = asyncio.get_running_loop().create_task(self._work(record), name=f"pod-{record.uid}")
-            self._workers[record.uid] = task
+        if record.uid in self._workers:
+            self._woken.add(record.uid)
+            return
+        task = asyncio.get_running_loop().create_task(self._work(record), name=f"pod-{record.uid}")
+        self._workers[record.uid] = task
 
     def wake_all(self) -> None:
         """Look at every record that is not as it should be."""
@@ -138,13 +150,21 @@ class Reconciler:
 
     def is_desired(self, record: PodRecord) -> bool:
         """Whether the pod is as it should be."""
-        if record.parameters_error is not None and record.intent is Intent.ENROLL:
+        if _lacks_parameters(record) or record.undoing:
             return False
-        return not record.undoing and is_desired(record.desired, self.actual(record), settled=self._link.settled)
+        return is_desired(record.desired, self.actual(record), settled=self._is_settled(record))
+
+    def _is_settled(self, record: PodRecord) -> bool:
+        """Whether an enrolled pod's Add is up to us: an ADD of the runtime cannot wait for the snapshot."""
+        return self._link.settled or record.waiter is not None
+
+    def is_named(self, record: PodRecord) -> bool:
+        """Whether a snapshot for ztunnel names the pod."""
+        return is_named(record.desired, self.actual(record), undoing=record.undoing)
 
     async def close(self) -> None:
         """End all workers; what they have begun in a netns runs to its end."""
-        self.paused = True
+        self._closed = True
         for timer in self._retries.values():
             timer.cancel()
         workers = tuple(self._workers.values())
@@ -153,16 +173,16 @@ class Reconciler:
         await asyncio.gather(*workers, return_exceptions=True)
         for record in self:
             record.drop_netns()
+            _answer(record, EnrollmentError("the agent stops", "the runtime tries again"))
 
     # --- the worker ---------------------------------------------------------------------------------------------------
 
     async def _work(self, record: PodRecord) -> None:
+        self._woken.discard(record.uid)
         try:
             await self._pass(record)
         except Exception as error:  # a fault of ours must not leave the pod without a worker
-            log.exception("reconciling %s failed unexpectedly", record.name)
-            record.error = EnrollmentError(f"{type(error).__name__}: {error}", "see the agent's log")
-            record.attempts += 1
+            record.error = _unexpected(record, error)
             _answer(record, record.error)
         finally:
             self._workers.pop(record.uid, None)
@@ -172,28 +192,42 @@ class Reconciler:
         """Perform steps until none is needed or all that are needed have failed."""
         record.failed.clear()
         while True:
-            if record.parameters_error is not None and record.intent is Intent.ENROLL and not record.undoing:
-                await self._refuse_parameters(record, record.parameters_error)
-                return
+            if record.life is Life.ENDED:
+                record.undoing = False  # what has ended leaves, which is more
+            self._answer_enrolled(record)
+            if _lacks_parameters(record):
+                if not record.actual.enrolled:
+                    await self._refuse_parameters(record)
+                    return
+                record.failed.add(Step.RULES)
             row = next_row(
                 record.desired,
                 self.actual(record),
                 undoing=record.undoing,
                 failed=record.failed,
-                settled=self._link.settled,
+                settled=self._is_settled(record),
             )
-            if row is None and record.undoing:
-                await self._undone(record)
+            if row is not None:
+                await self._step(record, row)
+            else:
+                if record.undoing:
+                    await self._undone(record)
                 return
-            if row is None:
-                return
-            await self._step(record, row)
-            if record.actual.enrolled and record.life is Life.STARTING:
-                record.life = Life.RUNNING
-                _answer(record, None)
 
-    async def _refuse_parameters(self, record: PodRecord, error: MeshCniError) -> None:
-        """An annotation that makes no rules: a new pod is refused, an enrolled one keeps the rules it has."""
+    def _answer_enrolled(self, record: PodRecord) -> None:
+        """Tell the ADD that waits, if any, that its pod is enrolled, once it is."""
+        if record.undoing:
+            return
+        if record.life is Life.STARTING and record.actual.enrolled:
+            record.life = Life.RUNNING
+            _answer(record, None)
+        elif record.waiter is not None and record.actual.enrolled and is_captured(record.desired, self.actual(record)):
+            _answer(record, None)
+
+    async def _refuse_parameters(self, record: PodRecord) -> None:
+        """An annotation makes no rules: nothing is begun, and people are told once."""
+        error = record.parameters_error
+        assert error is not None
         if record.error is not error:
             record.error = error
             await self._effects.failed(Step.RULES, record, error)
@@ -201,71 +235,80 @@ class Reconciler:
 
     async def _step(self, record: PodRecord, row: Row) -> None:
         step, generation, desired = row.step, record.generation, record.desired
-        record.actual = begun(step, record.actual)
+        record.actual, record.step = begun(step, record.actual), step
         begin = time.monotonic()
         try:
             await self._effects.perform(step, record)
-        except MeshCniError as error:
+        except Exception as error:
             self._effects.count(step, "failed", time.monotonic() - begin)
             if record.generation == generation:
-                await self._failed(record, row, error)
+                await self._failed(
+                    record, row, error if isinstance(error, MeshCniError) else _unexpected(record, error)
+                )
             return
+        finally:
+            record.step = None
         seconds = time.monotonic() - begin
         self._effects.count(step, "ok", seconds)
-        if record.generation != generation and step not in (Step.FIND_NETNS, Step.ENABLE, Step.PEND, Step.WITHDRAW):
-            return  # done in a sandbox that is not the pod's any more
+        if record.generation != generation and step in IN_NETNS:
+            return  # that sandbox is not the pod's any more
+        record.reasons.pop(step, None)
         record.milliseconds[step.value] = round(seconds * 1000, 2)
         record.actual = after(step, desired, self.actual(record))
 
     async def _failed(self, record: PodRecord, row: Row, error: MeshCniError) -> None:
-        is_new = record.error is None or record.error.message != error.message
-        record.error = error
-        if is_new:
-            await self._effects.failed(row.step, record, error)
+        """Decide what the failure of a step means, and tell people unless they know."""
         if record.undoing or not undoes(row, record.actual):
             record.failed.add(row.step)
         else:
-            record.undoing = True
+            record.undoing, record.error = True, error
+        if record.error is None or not record.undoing:  # else what is undone is what people should hear of
+            record.error = error
+        is_new = record.reasons.get(row.step) != error.message
+        record.reasons[row.step] = error.message
+        if is_new:
+            await self._effects.failed(row.step, record, error)
 
     async def _undone(self, record: PodRecord) -> None:
         """All that could be taken back is; who waits is refused, and people see that the pod is on its way."""
         cause = record.error or EnrollmentError("enrolment failed")
         record.undoing = bool(record.failed)
-        if record.life is Life.STARTING:
+        if record.life is Life.STARTING:  # the runtime gives this sandbox up
             record.life = Life.RUNNING
-            record.generation += 1
-            record.drop_netns()  # the runtime gives this sandbox up
+            record.leave_sandbox(by_add=True)
+            record.addresses, record.outdated = frozenset(pod_addresses(record.pod)[0]), frozenset()
         _answer(record, cause)
-        if record.in_api and record.actual.annotation is Annotation.ABSENT and record.intent is Intent.ENROLL:
+        if record.in_api and record.actual.annotation is not Annotation.PENDING and record.intent is Intent.ENROLL:
             try:
                 await self._effects.perform(Step.PEND, record)
-                record.actual = after(Step.PEND, record.desired, record.actual)
+                record.actual = after(Step.PEND, record.desired, self.actual(record))
             except MeshCniError as error:
                 log.debug("pod %s was not marked as pending: %s", record.name, error)
-        record.failed.add(Step.ADD)  # this pass has failed as a whole
 
     def _settle(self, record: PodRecord) -> None:
-        """Decide what comes after a pass: nothing, the end of the record, or another pass later."""
+        """Decide what comes after a pass: nothing, the end of the record, or another pass, now or later."""
         if self.is_desired(record):
             if record.intent is Intent.LEAVE or record.life is Life.ENDED:
                 self._forget(record)
                 return
             if record.actual.enrolled:  # else it waits for a sandbox, and why the last one failed is worth knowing
                 record.error, record.attempts = None, 0
+                record.reasons.clear()
             if record.desired_since is None:
                 record.desired_since = time.monotonic()
                 self._on_desired(record)
             return
         record.desired_since = None
-        if not record.failed and record.error is None:
-            self.wake(record)  # something changed while the last step ended
-            return
-        record.attempts += 1
-        self._retry_later(record)
+        if record.uid in self._woken:  # something changed meanwhile
+            self.wake(record)
+        elif record.undoing or not _lacks_parameters(record) or record.failed - {Step.RULES}:
+            record.attempts += 1
+            self._retry_later(record)
+        # else an edit of the annotation will wake it
 
     def _retry_later(self, record: PodRecord) -> None:
-        grown = FIRST_DELAY_SECONDS * 2.0 ** min(record.attempts - 1, 16)
-        delay = min(grown, MAX_DELAY_SECONDS) * self._chance.uniform(0.5, 1.0)
+        grown = self._first_delay_seconds * 2.0 ** min(record.attempts - 1, 16)
+        delay = min(grown, self._max_delay_seconds) * self._chance.uniform(0.5, 1.0)
         self._retries[record.uid] = asyncio.get_running_loop().call_later(delay, self.wake, record)
 
     def _forget(self, record: PodRecord) -> None:
@@ -274,6 +317,11 @@ class Reconciler:
         record.drop_netns()
         _answer(record, EnrollmentError(f"pod {record.name} left the mesh while it started"))
         self._on_left(record)
+
+
+def _lacks_parameters(record: PodRecord) -> bool:
+    """Whether the pod's annotations make no rules, and it has none from before that could go on."""
+    return record.parameters_error is not None and record.intent is Intent.ENROLL and not record.undoing
 
 
 def _answer(record: PodRecord, error: MeshCniError | None) -> None:
@@ -285,3 +333,9 @@ def _answer(record: PodRecord, error: MeshCniError | None) -> None:
         waiter.set_result(None)
     else:
         waiter.set_exception(error)
+
+
+def _unexpected(record: PodRecord, error: Exception) -> EnrollmentError:
+    """Log a failure that no step should have, and make an error of it."""
+    log.error("reconciling %s failed unexpectedly", record.name, exc_info=error)
+    return EnrollmentError(f"{type(error).__name__}: {error}", "see the agent's log")

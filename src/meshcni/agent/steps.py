@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from meshcni.errors import KubeError, MeshCniError, NetnsError
 from meshcni.host.ambient import apply_pod, prepare_routes, remove_pod, verify_pod
 from meshcni.host.backends.detection import VariantChoice
 from meshcni.pods.ambient import AmbientParameters
-from meshcni.pods.enrollment import Annotation, Intent, Step, after, in_new_sandbox
+from meshcni.pods.enrollment import Annotation, Intent, Step, seen
 from meshcni.pods.model import Pod
 from meshcni.rules.model import Family
 
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 MAX_LOGGED_CHARACTERS = 200  # of a message, so that a line stays below 400 bytes
 FAILED = "AmbientEnrollmentFailed"  # reasons of Events
 HEALED = "AmbientRedirectionHealed"
+
+# Why a pod that leaves has no netns to clean: nothing of it runs, or nothing that rules could reach.
+NOTHING_TO_CLEAN = frozenset({"not-found", "host-netns", "sandboxed"})
 
 Warn = Callable[[Pod, str, str], Awaitable[None]]
 
@@ -63,6 +67,7 @@ class Steps:
         self._others = others
         self._work: Mapping[Step, Callable[[PodRecord], Awaitable[None]]] = {
             Step.FIND_NETNS: self._find_netns,
+            Step.LOOK: self._look,
             Step.ROUTES: self._put_routes,
             Step.ADD: self._add,
             Step.RULES: self._put_rules,
@@ -98,26 +103,35 @@ class Steps:
     # --- the netns ----------------------------------------------------------------------------------------------------
 
     async def _find_netns(self, record: PodRecord) -> None:
+        generation = record.generation
         try:
             netns = await self._parts.search.find(record)
         except NetnsNotFoundError as error:
-            if record.intent is not Intent.LEAVE or error.code != "not-found":
+            if record.intent is not Intent.LEAVE or error.code not in NOTHING_TO_CLEAN:
                 raise
-            record.actual = replace(record.actual, touched=False)  # nothing runs, so there is nothing to clean
+            record.actual = replace(record.actual, touched=False)
             return
-        await self.settle_in(record, netns)
+        if record.generation == generation:
+            self.settle_in(record, netns)
+        else:
+            netns.close()  # an ADD has told of a newer one meanwhile
 
-    async def settle_in(self, record: PodRecord, netns: Netns) -> None:
+    def settle_in(self, record: PodRecord, netns: Netns) -> None:
         """Make `netns` the pod's. Of two pods with one netns the later one has it; ztunnel must never see both."""
         for other in self._others():
             if other is not record and other.netns is not None and other.netns.id == netns.id:
                 log.error("pods %s and %s have one netns; it is the latter's", other.name, record.name)
-                leave_sandbox(other, by_add=False)
-                if other.actual.announced:
-                    await self._parts.ztunnel.delete(other.uid)
-                    other.actual = after(Step.DEL, other.desired, other.actual)
+                other.leave_sandbox(by_add=False)
+                record.displaced.add(other.uid)
         record.drop_netns()
         record.netns = netns
+
+    async def _look(self, record: PodRecord) -> None:
+        """Find out whether an agent that died before it annotated the pod had captured it."""
+        generation, desired = record.generation, record.desired
+        drift = await self.verify_rules(record)
+        if not drift and record.generation == generation:
+            record.actual = seen(desired, record.actual)
 
     async def _put_routes(self, record: PodRecord) -> None:
         await self._in_netns(record, lambda _choice: prepare_routes(self._parts.families))
@@ -186,8 +200,21 @@ class Steps:
     async def _add(self, record: PodRecord) -> None:
         ztunnel = self._parts.ztunnel
         if record.waiter is not None:
-            await ztunnel.wait_connected(self._parts.ztunnel_wait_seconds)
-        await ztunnel.add(workload(record))
+            await self._wait_for_ztunnel(record.waiter)
+        told = workload(record)
+        for uid in tuple(record.displaced):
+            if ztunnel.acked(uid) in (None, told.inode):  # else ztunnel has moved it elsewhere already
+                await ztunnel.delete(uid)
+            record.displaced.discard(uid)
+        await ztunnel.add(told)
+
+    async def _wait_for_ztunnel(self, waiter: asyncio.Future[None]) -> None:
+        """Wait as long as the setting says, but not when nobody waits for the pod any more."""
+        connected = asyncio.ensure_future(self._parts.ztunnel.wait_connected(self._parts.ztunnel_wait_seconds))
+        try:
+            await asyncio.wait((connected, waiter), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            connected.cancel()
 
     async def _put_addresses(self, record: PodRecord) -> None:
         await self._parts.host.put(record.uid, record.addresses)
@@ -209,13 +236,6 @@ class Steps:
 def is_gone(error: KubeError) -> bool:
     """Whether an answer says that the pod is no more, or that another one has its name now."""
     return error.status == 404 or (error.status == 409 and "uid" in str(error).lower())
-
-
-def leave_sandbox(record: PodRecord, *, by_add: bool) -> None:
-    """Forget the netns and what was known to be in it."""
-    record.drop_netns()
-    record.generation += 1
-    record.actual = in_new_sandbox(record.actual, by_add=by_add)
 
 
 def workload(record: PodRecord) -> Workload:

@@ -6,12 +6,13 @@ import asyncio
 import json
 import os
 import platform
+import socket
 import sys
 from collections.abc import Sequence
 
 from meshcni import __version__, istio
 from meshcni.cli.control import PURGE_QUERY, STATUS_PATH, UNINSTALL_PATH, ask
-from meshcni.errors import AgentUnavailableError, UsageError
+from meshcni.errors import AgentUnavailableError, MeshCniError, UsageError
 from meshcni.pflag import Flag, ParsedFlags, go_bool, parse
 
 OUTPUT = Flag("output", "o", help="json for machines")
@@ -81,15 +82,16 @@ def uninstall(arguments: Sequence[str]) -> int:
     try:
         target = f"{UNINSTALL_PATH}?{PURGE_QUERY}" if purge else UNINSTALL_PATH
         done: list[str] = ask(chosen.cni_agent_run_dir, "POST", target)["done"]
+        rest: MeshCniError | None = None
     except AgentUnavailableError:
-        from meshcni.agent.installer import Installer
-        from meshcni.agent.wiring import install_config
+        from meshcni.agent.removal import remove_from_node
 
-        async def by_ourselves() -> list[str]:
-            return list(await Installer(install_config(chosen, "info")).uninstall(purge=purge))
-
-        done = asyncio.run(by_ourselves())
+        removal = asyncio.run(remove_from_node(chosen, chosen.node or socket.gethostname(), purge=purge))
+        done, rest = list(removal.done), removal.rest
     sys.stdout.write("".join(f"{sentence}\n" for sentence in done or ["nothing of ours was there"]))
+    if rest is not None:
+        sys.stdout.flush()
+        raise rest
     return 0
 
 

@@ -19,7 +19,7 @@ from meshcni.agent.metrics import Metrics
 from meshcni.agent.netnssearch import NetnsSearch
 from meshcni.agent.podrecord import PodRecord
 from meshcni.agent.reconciler import Reconciler
-from meshcni.agent.steps import Steps, leave_sandbox
+from meshcni.agent.steps import Steps
 from meshcni.errors import MeshCniError
 from meshcni.pods.enrollment import Life
 
@@ -120,11 +120,11 @@ class Verification:
                 continue
             known = record.netns
             if known is None:
-                await self._steps.settle_in(record, netns)
+                self._steps.settle_in(record, netns)
             else:
                 said = f"its sandbox was made anew without us (netns inode {known.id.inode}, now {netns.id.inode})"
-                leave_sandbox(record, by_add=False)
-                await self._steps.settle_in(record, netns)
+                record.leave_sandbox(by_add=False)
+                self._steps.settle_in(record, netns)
                 await self._steps.say_healed(record, "netns", (said,))
             self._records.wake(record)
 

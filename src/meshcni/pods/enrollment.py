@@ -5,8 +5,11 @@ The order of the steps is the order in which no connection fails and nothing byp
 - a pod that runs: policy rule and route, ztunnel's listeners, then the packet rules that lead to them; measured against
   the real ztunnel, 0 of 2,657 connections fail so, and 326 of 2,126 with the rules first;
 - a sandbox being made: nothing runs in it, so the rules come first and a failure costs the least;
-- out again: the rules first, so that no connection meets a closed listener; then the annotation, so that an agent that
-  dies in between leaves a state its successor understands; then ztunnel.
+- out again: the rules first, so that no connection meets a closed listener; then the annotation, because peers go by
+  it; then ztunnel. What fails there holds up the rest: a pod that cannot be let go of stays served.
+
+The annotation is also what a fresh agent knows of the work of an earlier one, so a pod that runs is marked as pending
+before anything is changed in it, and until nothing is.
 
 Pure: the agent performs the steps and reports what became of them.
 """
@@ -86,16 +89,20 @@ class Actual:
     """What is known to be there; everything but the annotation is empty in a fresh agent.
 
     `rules` is the rule set known to be in the netns, empty when that is not known. `touched`: something of ours may be
-    in the netns. `acked`: the netns for which ztunnel, by its newest connection, has listeners. `announced`: some
-    ztunnel may hold the pod. `enrolled`: it is captured, so a failure must never open it.
+    in the netns. `unseen`: and an earlier agent may have put a whole rule set there, in which case nothing may open it.
+    `acked`: the netns for which ztunnel, by its newest connection, has listeners. `announced`: some ztunnel may hold
+    the pod. `claimed`: the host's set may hold more of it than `addresses`. `enrolled`: it is captured, so a failure
+    must never open it.
     """
 
     routes: bool = False
     rules: str = ""
     touched: bool = False
+    unseen: bool = False
     acked: NetnsId | None = None
     announced: bool = False
     addresses: Addresses = frozenset()
+    claimed: bool = False
     annotation: Annotation = Annotation.ABSENT
     enrolled: bool = False
 
@@ -103,17 +110,29 @@ class Actual:
 NOTHING: Final = Actual()
 
 
-def adopted(annotation: Annotation) -> Actual:
-    """Tell what a fresh agent must assume of a pod that an earlier one annotated: all of it may be there."""
-    if annotation is Annotation.ABSENT:
+def adopted(annotation: Annotation, *, belongs: bool = False) -> Actual:
+    """Tell what a fresh agent must assume of a pod: all that an earlier one may have done.
+
+    `belongs`: the pod should be enrolled, so that work on it may have been cut short before its annotation was written.
+    """
+    if annotation is Annotation.ABSENT and not belongs:
         return NOTHING
-    return Actual(touched=True, announced=True, annotation=annotation, enrolled=True)
+    is_enrolled = annotation is Annotation.ENABLED
+    return Actual(
+        touched=True,
+        unseen=not is_enrolled,
+        announced=True,
+        claimed=True,
+        annotation=annotation,
+        enrolled=is_enrolled,
+    )
 
 
 class Step(Enum):
     """One thing to do for one pod."""
 
     FIND_NETNS = "find-netns"
+    LOOK = "look"
     ROUTES = "routes"
     ADD = "ztunnel-add"
     RULES = "rules"
@@ -135,67 +154,76 @@ class Failure(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a table: the step, when it is needed, what its failure means."""
+    """One row of a table: the step, when it is needed, what its failure means, and whether what follows needs it."""
 
     step: Step
     needed: Callable[[Desired, Actual], bool]
     failure: Failure = Failure.RETRY
+    gates: bool = False
+
+
+def is_captured(desired: Desired, actual: Actual) -> bool:
+    """Tell whether rules, listeners and, when there are any, addresses are all there."""
+    reachable = not desired.addresses or actual.addresses == desired.addresses
+    return _has_rules(desired, actual) and not _lacks_ack(desired, actual) and reachable
+
+
+def _has_rules(desired: Desired, actual: Actual) -> bool:
+    return desired.rules != "" and actual.rules == desired.rules
 
 
 def _lacks_ack(desired: Desired, actual: Actual) -> bool:
     return actual.acked is None or actual.acked != desired.netns
 
 
-_FIND = Row(Step.FIND_NETNS, lambda d, _a: d.netns is None)
 _ADD = Row(Step.ADD, _lacks_ack, Failure.UNDO)
-_RULES = Row(Step.RULES, lambda d, a: a.rules != d.rules, Failure.UNDO)
+_RULES = Row(Step.RULES, lambda d, a: not _has_rules(d, a), Failure.UNDO)
 # No address is an address that is not known: entries of an earlier agent stay, or probes fail after a reboot.
 _ADDRESSES = Row(Step.ADDRESSES, lambda d, a: bool(d.addresses) and a.addresses != d.addresses, Failure.UNDO)
 # Peers use the tunnel port as soon as they see it, so all the rest has to be true.
 _ENABLE = Row(
     Step.ENABLE,
     lambda d, a: (
-        d.in_api
-        and a.annotation is not Annotation.ENABLED
-        and a.rules == d.rules
-        and a.enrolled
-        and not _lacks_ack(d, a)
+        d.in_api and a.annotation is not Annotation.ENABLED and _has_rules(d, a) and a.enrolled and not _lacks_ack(d, a)
     ),
 )
 _REMOVE_RULES = Row(Step.REMOVE_RULES, lambda d, a: a.touched and d.netns is not None)
 _WITHDRAW = Row(Step.WITHDRAW, lambda d, a: d.in_api and a.annotation is not Annotation.ABSENT)
 _DEL = Row(Step.DEL, lambda _d, a: a.announced)
-_REMOVE_ADDRESSES = Row(Step.REMOVE_ADDRESSES, lambda _d, a: bool(a.addresses))
+_REMOVE_ADDRESSES = Row(Step.REMOVE_ADDRESSES, lambda _d, a: a.claimed or bool(a.addresses))
+
+_LEAVE = (
+    # One without an address cannot be found, and has no sandbox that works.
+    Row(Step.FIND_NETNS, lambda d, a: a.touched and d.netns is None and bool(d.addresses), gates=True),
+    replace(_REMOVE_RULES, gates=True),
+    replace(_WITHDRAW, gates=True),
+    _DEL,
+    _REMOVE_ADDRESSES,
+)
+_END = (_REMOVE_ADDRESSES, _DEL, _WITHDRAW)  # nothing runs there any more, and the address may be another pod's soon
 
 TABLES: Final[dict[tuple[Intent, Life], tuple[Row, ...]]] = {
     (Intent.ENROLL, Life.STARTING): (_RULES, _ADD, _ADDRESSES, _ENABLE),
     (Intent.ENROLL, Life.RUNNING): (
-        _FIND,
+        Row(Step.FIND_NETNS, lambda d, _a: d.netns is None, gates=True),
+        Row(Step.LOOK, lambda _d, a: a.unseen, gates=True),
+        Row(Step.PEND, lambda d, a: d.in_api and a.annotation is Annotation.ABSENT and not a.enrolled),
         Row(Step.ROUTES, lambda _d, a: not a.routes and not a.enrolled, Failure.UNDO),  # RULES looks at them too
         _ADD,
         _RULES,
         _ADDRESSES,
         _ENABLE,
     ),
-    (Intent.LEAVE, Life.RUNNING): (
-        Row(Step.FIND_NETNS, lambda d, a: a.touched and d.netns is None),
-        _REMOVE_RULES,
-        _WITHDRAW,
-        _DEL,
-        _REMOVE_ADDRESSES,
-    ),
-    (Intent.LEAVE, Life.ENDED): (_REMOVE_ADDRESSES, _DEL, _WITHDRAW),
+    (Intent.ENROLL, Life.ENDED): _END,
+    (Intent.LEAVE, Life.STARTING): _LEAVE,
+    (Intent.LEAVE, Life.RUNNING): _LEAVE,
+    (Intent.LEAVE, Life.ENDED): _END,
 }
-UNDO: Final = (_REMOVE_RULES, _DEL, _REMOVE_ADDRESSES)
-
-
-def rows_of(desired: Desired) -> tuple[Row, ...]:
-    """Return the table that applies. What has ended leaves, and so does what stops belonging while it starts."""
-    if desired.life is Life.ENDED:
-        return TABLES[Intent.LEAVE, Life.ENDED]
-    if desired.intent is Intent.LEAVE:
-        return TABLES[Intent.LEAVE, Life.RUNNING]
-    return TABLES[desired.intent, desired.life]
+UNDO: Final[dict[Life, tuple[Row, ...]]] = {
+    Life.STARTING: (_REMOVE_RULES, _DEL, _REMOVE_ADDRESSES),  # the runtime gives the sandbox up, whatever stays in it
+    Life.RUNNING: (replace(_REMOVE_RULES, gates=True), _DEL, _REMOVE_ADDRESSES),
+    Life.ENDED: _END,
+}
 
 
 def next_row(
@@ -206,17 +234,18 @@ def next_row(
     `undoing`: a failure is being undone. `failed`: steps that have failed in this pass and wait for the next one.
     `settled`: ztunnel's newest connection has its snapshot; until then an enrolled pod's Add is the snapshot's own.
     """
-    rows = UNDO if undoing else rows_of(desired)
+    rows = UNDO[desired.life] if undoing else TABLES[desired.intent, desired.life]
     for row in rows:
-        if row.step in failed:
-            if row.step is Step.FIND_NETNS or (row.step is Step.WITHDRAW and desired.life is Life.RUNNING):
-                return None  # what follows needs it
-            continue
         if row.step is Step.ADD and actual.enrolled and not settled:
             continue
-        if row.needed(desired, actual):
-            waits = row.step is Step.FIND_NETNS and not desired.addresses  # the sandbox is still to come
-            return None if waits else row
+        if not row.needed(desired, actual):
+            continue
+        if row.step is Step.FIND_NETNS and not desired.addresses:
+            return None  # the sandbox is still to come
+        if row.step not in failed:
+            return row
+        if row.gates:
+            return None
     return None
 
 
@@ -230,48 +259,63 @@ def undoes(row: Row, actual: Actual) -> bool:
     return row.failure is Failure.UNDO and not actual.enrolled
 
 
+def is_named(desired: Desired, actual: Actual, *, undoing: bool = False) -> bool:
+    """Tell whether a snapshot for ztunnel names the pod: some ztunnel may hold it, and a Del is not what comes next."""
+    if not actual.announced or desired.life is Life.ENDED:
+        return False
+    if desired.life is Life.STARTING and not _has_rules(desired, actual):
+        return False  # ztunnel may have it for the sandbox before this one
+    row = next_row(desired, actual, undoing=undoing)
+    return row is None or row.step is not Step.DEL
+
+
 def after(step: Step, desired: Desired, actual: Actual) -> Actual:
-    """Return what is there after `step` succeeded. The acknowledgement itself is read from the link, not kept here."""
+    """Return what is there after `step` succeeded. Later the acknowledgement is the link's to tell."""
     match step:
+        case Step.LOOK:
+            actual = replace(actual, unseen=False)
         case Step.ROUTES:
-            return replace(actual, routes=True, touched=True)
+            actual = replace(actual, routes=True, touched=True)
         case Step.ADD:
-            return _captured(desired, replace(actual, announced=True, acked=desired.netns))
+            actual = replace(actual, announced=True, acked=desired.netns)
         case Step.RULES:
-            return _captured(desired, replace(actual, routes=True, touched=True, rules=desired.rules))
+            actual = replace(actual, routes=True, touched=True, unseen=False, rules=desired.rules)
         case Step.ADDRESSES:
-            return _captured(desired, replace(actual, addresses=desired.addresses))
+            actual = replace(actual, addresses=desired.addresses, claimed=False)
         case Step.ENABLE:
-            return replace(actual, annotation=Annotation.ENABLED)
+            actual = replace(actual, annotation=Annotation.ENABLED)
         case Step.PEND:
-            return replace(actual, annotation=Annotation.PENDING)
+            actual = replace(actual, annotation=Annotation.PENDING)
         case Step.REMOVE_RULES:
-            return replace(actual, routes=False, rules="", touched=False, enrolled=False)
+            actual = replace(actual, routes=False, rules="", touched=False, unseen=False, enrolled=False)
         case Step.WITHDRAW:
-            return replace(actual, annotation=Annotation.ABSENT)
+            actual = replace(actual, annotation=Annotation.ABSENT)
         case Step.DEL:
-            return replace(actual, announced=False, acked=None)
+            actual = replace(actual, announced=False, acked=None)
         case Step.REMOVE_ADDRESSES:
-            return replace(actual, addresses=frozenset())
-    return actual
-
-
-def _captured(desired: Desired, actual: Actual) -> Actual:
-    """A pod is captured once rules, listeners and addresses are all there."""
-    listening = actual.acked is not None and actual.acked == desired.netns
-    reachable = not desired.addresses or actual.addresses == desired.addresses
-    complete = actual.rules == desired.rules and listening and reachable
-    return replace(actual, enrolled=True) if complete else actual
+            actual = replace(actual, addresses=frozenset(), claimed=False)
+    return replace(actual, enrolled=True) if is_captured(desired, actual) else actual
 
 
 def begun(step: Step, actual: Actual) -> Actual:
-    """Return what must be assumed while `step` is under way, and after it failed: it may have happened."""
+    """Return what must be assumed while `step` is under way, and after it failed: it may have happened in part."""
     match step:
-        case Step.ROUTES | Step.RULES:
+        case Step.ROUTES:
             return replace(actual, touched=True)
+        case Step.RULES:
+            return replace(actual, touched=True, rules="")
+        case Step.REMOVE_RULES:
+            return replace(actual, routes=False, rules="")
         case Step.ADD:
             return replace(actual, announced=True)
+        case Step.ADDRESSES | Step.REMOVE_ADDRESSES:
+            return replace(actual, addresses=frozenset(), claimed=True)
     return actual
+
+
+def seen(desired: Desired, actual: Actual) -> Actual:
+    """Return what is there when an earlier agent's rules were found to be the wanted ones: the pod is captured."""
+    return replace(actual, routes=True, rules=desired.rules, touched=True, enrolled=True)
 
 
 def in_new_sandbox(actual: Actual, *, by_add: bool) -> Actual:
@@ -280,4 +324,4 @@ def in_new_sandbox(actual: Actual, *, by_add: bool) -> Actual:
     In a sandbox that an ADD reports nothing runs, so a failure may be undone; in one that was found the pod runs.
     """
     enrolled = actual.enrolled and not by_add
-    return replace(actual, routes=False, rules="", touched=not by_add and actual.enrolled, enrolled=enrolled)
+    return replace(actual, routes=False, rules="", touched=enrolled, unseen=False, enrolled=enrolled)

@@ -36,6 +36,7 @@ from meshcni.pods.model import Pod, pod_addresses
 STEP_WORDS: Final[Mapping[Step, str]] = {
     Step.FIND_NETNS: "its network namespace is looked for among the node's processes",
     Step.LOOK: "its network namespace is looked at, in case an earlier agent has put all of it in",
+    Step.LOOK: "that is looked at for rules that an earlier agent left",
     Step.ROUTES: "its policy rule and route are made",
     Step.ADD: "ztunnel is told of it and opens its listeners in it",
     Step.RULES: "its packet rules are put in",
@@ -151,10 +152,7 @@ def _of_tables(annotation: Annotation, intent: Intent, life: Life, addresses: Ad
     """Play the tables through, every step succeeding, and say what they say."""
     starts = life is Life.STARTING
     desired = Desired(intent, life, _NETNS if starts else None, "wanted", _ADDRESSES if starts else addresses)
-    assumed = adopted(annotation)
-    if annotation is not Annotation.ABSENT and (intent is Intent.LEAVE or life is Life.ENDED):
-        assumed = replace(assumed, addresses=addresses)
-    steps = _play(desired, assumed)
+    steps = _play(desired, adopted(annotation))
     if annotation is Annotation.ENABLED and intent is Intent.ENROLL and life is Life.RUNNING and steps:
         return Outlook(
             "Nothing, as long as all is in place: it is enrolled. An agent that starts makes sure of that: "
