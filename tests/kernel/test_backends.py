@@ -57,6 +57,9 @@ class Subject:
     def own_names(self) -> tuple[str, ...]:
         return self.pod.call(lambda: self.backend().own_names())
 
+    def release(self) -> None:
+        self.pod.call(lambda: self.backend().release())
+
     def listing(self) -> str:
         return self.pod.call(lambda: self.backend().listing())
 
@@ -69,6 +72,22 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     made = Subject(str(request.param))
     yield made
     made.pod.close()
+
+
+def test_what_is_released_translates_nothing_and_keeps_its_chains(subject: Subject) -> None:
+    rules = subject.rules(Interception())
+    subject.apply(rules)
+    names = subject.own_names()
+    subject.release()
+    assert subject.own_names() == names
+    assert not subject.missing(rules)
+    assert subject.drift(rules)
+    assert "redirect" not in subject.listing().lower().replace("istio-redirect", "").replace(
+        "istio_redirect", ""
+    ).replace("istio-in-redirect", "").replace("istio_in_redirect", "")
+    subject.release()  # again: there is nothing to do
+    assert subject.apply(rules)
+    assert not subject.drift(rules)
 
 
 def test_life_of_a_rule_set(subject: Subject) -> None:

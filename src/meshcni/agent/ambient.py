@@ -158,7 +158,7 @@ class Ambient:
                 self.observe(pod)
             self.verification.hurry()
 
-    async def unenroll_all(self) -> tuple[str, ...]:
+    async def unenroll_all(self, seconds: float = LEAVE_SECONDS) -> tuple[str, ...]:
         """Take every pod of this node out of the mesh. Returns what was done as sentences; raises MeshCniError."""
         if not self._adopted:
             raise EnrollmentError("the ambient pods of this node are not looked at yet", "try again in a moment")
@@ -167,11 +167,11 @@ class Ambient:
         for record in self.records:
             record.intent = Intent.LEAVE
             self.records.wake(record)
-        end = time.monotonic() + LEAVE_SECONDS
+        end = time.monotonic() + seconds
         while len(self.records):
             if time.monotonic() > end:
                 left = "; ".join(f"{record.name} ({record.error or 'no step failed'})" for record in self.records)
-                raise EnrollmentError(f"not un-enrolled within {LEAVE_SECONDS:.0f} s: {left}", STAYS_HINT)
+                raise EnrollmentError(f"not un-enrolled within {seconds:g} s: {left}", STAYS_HINT)
             await asyncio.sleep(0.05)
         return tuple(f"un-enrolled pod {name}" for name in names)
 
@@ -376,6 +376,7 @@ class Ambient:
         if derived.parameters != record.parameters:
             for warning in derived.warnings:
                 log.warning("%s", warning, extra=labels(pod=record.name))
+            record.edited = record.parameters is not None
             record.parameters = derived.parameters
             record.wanted_rules = digest(pod_ruleset(derived.parameters, self.config.families, self._backend))
 

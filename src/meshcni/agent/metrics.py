@@ -152,8 +152,8 @@ AMBIENT_STEPS = Metric(
     Type.COUNTER,
     "steps done to take pods into ambient mode and out of it",
     ("step", "result"),
-    "step: find-netns, routes, ztunnel-add, rules, addresses, annotate-enabled, annotate-pending, remove-rules, "
-    "remove-annotation, ztunnel-del, remove-addresses; result: ok, failed",
+    "step: find-netns, look, routes, ztunnel-add, rules, addresses, annotate-enabled, annotate-pending, release, "
+    "remove-rules, remove-annotation, ztunnel-del, remove-addresses; result: ok, failed",
 )
 AMBIENT_STEP_DURATION = Metric(
     "istio_cni_ambient_step_duration_seconds", Type.HISTOGRAM, "time that a step took", ("step",), "", SECONDS

@@ -50,6 +50,7 @@ class PodRecord:
     parameters: AmbientParameters | None = None
     parameters_error: MeshCniError | None = None
     wanted_rules: str = ""  # names the rule set that `parameters` lead to
+    edited: bool = False  # an annotation of the running pod: that its rules are others is no drift
     addresses: Addresses = frozenset()
     outdated: Addresses = frozenset()
     netns: Netns | None = None

@@ -38,7 +38,9 @@ log = logging.getLogger(__name__)
 
 FIRST_DELAY_SECONDS = 0.1
 MAX_DELAY_SECONDS = 10.0
-IN_NETNS = frozenset({Step.LOOK, Step.ROUTES, Step.RULES, Step.REMOVE_RULES})  # what they did stays in that netns
+IN_NETNS = frozenset(
+    {Step.LOOK, Step.ROUTES, Step.RULES, Step.RELEASE, Step.REMOVE_RULES}
+)  # what they did stays in that netns
 
 
 class EnrollmentError(MeshCniError):

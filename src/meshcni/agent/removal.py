@@ -24,6 +24,7 @@ from meshcni.kube.client import PODS, KubeApi
 from meshcni.pods.model import Namespace, Pod, pod_from_object
 
 LIST_SECONDS = 10.0  # for each page of the pods of the node
+LEAVE_SECONDS = 15.0  # for all pods: nothing is slow here, what fails longer will not work at all
 MAX_NAMED = 20  # of pods in a message
 
 
@@ -108,7 +109,7 @@ async def _take_pods_out(ambient: Ambient) -> tuple[tuple[str, ...], MeshCniErro
     await ambient.adopt()
     names = {record.uid: record.name for record in ambient.records}
     try:
-        return await ambient.unenroll_all(), None
+        return await ambient.unenroll_all(LEAVE_SECONDS), None
     except MeshCniError as error:
         staying = {record.uid for record in ambient.records}
         return tuple(f"un-enrolled pod {name}" for uid, name in names.items() if uid not in staying), error

@@ -17,7 +17,7 @@ from meshcni.agent.podrecord import Netns, PodRecord
 from meshcni.agent.programming import Programmer
 from meshcni.agent.ztunnel import Workload, ZtunnelServer
 from meshcni.errors import KubeError, MeshCniError, NetnsError
-from meshcni.host.ambient import apply_pod, prepare_routes, remove_pod, verify_pod
+from meshcni.host.ambient import apply_pod, prepare_routes, release_pod, remove_pod, verify_pod
 from meshcni.host.backends.detection import VariantChoice
 from meshcni.pods.ambient import AmbientParameters
 from meshcni.pods.enrollment import Annotation, Intent, Step, seen
@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 MAX_LOGGED_CHARACTERS = 200  # of a message, so that a line stays below 400 bytes
 FAILED = "AmbientEnrollmentFailed"  # reasons of Events
 HEALED = "AmbientRedirectionHealed"
+
+DRAIN_SECONDS = 0.2  # that connections under way get to end by themselves before ztunnel closes them
+LINGER_SECONDS = (
+    0.1  # ztunnel closes them about 8 ms after it acknowledged the Del, and their last packets need the rules
+)
 
 # Why a pod that leaves has no netns to clean: nothing of it runs, or nothing that rules could reach.
 NOTHING_TO_CLEAN = frozenset({"not-found", "host-netns", "sandboxed"})
@@ -74,9 +79,10 @@ class Steps:
             Step.ADDRESSES: self._put_addresses,
             Step.ENABLE: lambda record: self._annotate(record, Annotation.ENABLED),
             Step.PEND: lambda record: self._annotate(record, Annotation.PENDING),
+            Step.RELEASE: self._release,
             Step.REMOVE_RULES: self._remove_rules,
             Step.WITHDRAW: lambda record: self._annotate(record, Annotation.ABSENT),
-            Step.DEL: lambda record: self._parts.ztunnel.delete(record.uid),
+            Step.DEL: self._delete,
             Step.REMOVE_ADDRESSES: lambda record: self._parts.host.remove(record.uid),
         }
 
@@ -141,7 +147,8 @@ class Steps:
             raise NetnsError(f"pod {record.name} has no parameters to make rules of")
         healing = record.actual.enrolled
         drift = await self._in_netns(record, self._programming(record, record.parameters, healing))
-        if healing and drift:
+        edited, record.edited = record.edited, False
+        if healing and drift and not edited:
             await self.say_healed(record, "rules", drift)
 
     def _programming(
@@ -179,7 +186,12 @@ class Steps:
             record, lambda choice: verify_pod(parameters, families, config.backend, choice=choice)
         )
 
+    async def _release(self, record: PodRecord) -> None:
+        await self._in_netns(record, lambda _choice: release_pod())
+
     async def _remove_rules(self, record: PodRecord) -> None:
+        if record.actual.released:
+            await asyncio.sleep(LINGER_SECONDS)
         await self._in_netns(record, lambda _choice: remove_pod())
 
     async def _in_netns(self, record: PodRecord, work: Callable[[VariantChoice | None], T]) -> T:
@@ -215,6 +227,11 @@ class Steps:
             await asyncio.wait((connected, waiter), return_when=asyncio.FIRST_COMPLETED)
         finally:
             connected.cancel()
+
+    async def _delete(self, record: PodRecord) -> None:
+        if record.actual.released:
+            await asyncio.sleep(DRAIN_SECONDS)
+        await self._parts.ztunnel.delete(record.uid)
 
     async def _put_addresses(self, record: PodRecord) -> None:
         await self._parts.host.put(record.uid, record.addresses)

@@ -77,6 +77,17 @@ def verify_pod(
     return verify_ruleset(ruleset, backend, force_iptables=force_iptables, choice=choice)
 
 
+def release_pod(backends: Iterable[PacketBackend] | None = None) -> None:
+    """Let new connections pass by ztunnel; what those under way need (translation, marks, routes) stays.
+
+    Taking everything at once leaves them hanging: with the last nat chain the kernel stops translating their packets.
+    Raises ApplyError.
+    """
+    for backend in all_backends(Purpose.AMBIENT_POD) if backends is None else backends:
+        if not _TRACES.isdisjoint(backend.own_names()):
+            backend.release()
+
+
 def remove_pod(backends: Iterable[PacketBackend] | None = None) -> None:
     """Take the ambient rules of every backend out, then the policy rules, then the routes; nothing there is fine.
 

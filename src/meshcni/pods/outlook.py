@@ -35,7 +35,6 @@ from meshcni.pods.model import Pod, pod_addresses
 
 STEP_WORDS: Final[Mapping[Step, str]] = {
     Step.FIND_NETNS: "its network namespace is looked for among the node's processes",
-    Step.LOOK: "its network namespace is looked at, in case an earlier agent has put all of it in",
     Step.LOOK: "that is looked at for rules that an earlier agent left",
     Step.ROUTES: "its policy rule and route are made",
     Step.ADD: "ztunnel is told of it and opens its listeners in it",
@@ -43,7 +42,8 @@ STEP_WORDS: Final[Mapping[Step, str]] = {
     Step.ADDRESSES: "its addresses go into the host's set, so that the kubelet's probes pass",
     Step.ENABLE: "it is annotated enabled, so that others reach it through the tunnel",
     Step.PEND: "it is annotated pending",
-    Step.REMOVE_RULES: "its rules are taken out",
+    Step.RELEASE: "the rules that capture its new connections are taken out",
+    Step.REMOVE_RULES: "the rest of its rules is taken out",
     Step.WITHDRAW: "the annotation is removed",
     Step.DEL: "ztunnel is told to close its listeners",
     Step.REMOVE_ADDRESSES: "its addresses leave the host's set",

@@ -26,10 +26,15 @@ class Outcome(Enum):
 
 @dataclass
 class Inside:
-    """What a netns holds of ours. `captured`: an agent has held the pod for enrolled in it."""
+    """What a netns holds of ours.
+
+    `rest`: what connections under way need after the rules that capture were taken out. `captured`: an agent has held
+    the pod for enrolled in it.
+    """
 
     rules: str = ""
     routes: bool = False
+    rest: bool = False
     captured: bool = False
 
 
@@ -121,6 +126,8 @@ class World:
         if step is Step.ENABLE:
             assert actual.acked == desired.netns is not None, "annotated enabled without an acknowledgement"
             assert inside.rules == desired.rules != "", "annotated enabled without rules"
+        if step is Step.RELEASE:
+            assert desired.intent is Intent.LEAVE, "a pod that belongs is let go of"
         if step is Step.REMOVE_RULES and desired.life is Life.RUNNING and desired.intent is Intent.ENROLL:
             assert not actual.enrolled, "an enrolled pod is opened"
             assert not inside.captured, "a pod that an earlier agent had enrolled is opened"
@@ -144,7 +151,11 @@ class World:
                 inside.routes = not half
             case Step.RULES:
                 return self._put_rules(inside, desired, actual, half)
+            case Step.RELEASE:
+                inside.rules = PARTLY if half and inside.rules else ""
+                inside.rest, inside.captured = True, inside.captured and half
             case Step.REMOVE_RULES:
+                inside.rest = half and inside.rest
                 inside.rules = PARTLY if half and inside.rules else ""
                 inside.routes = half and inside.routes
                 inside.captured = inside.captured and half
@@ -178,6 +189,7 @@ class World:
         if half and actual.enrolled:
             return False
         inside.rules, inside.routes = ("", False) if half else (desired.rules, True)
+        inside.rest = False
         return True
 
     def take_addresses(self, uid: str, most: int | None = None) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from typing import Any
 
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.pure.pods.enrollmentworld import ApiPod, Outcome, World, Ztunnel
@@ -37,7 +38,7 @@ from meshcni.pods.enrollment import (
 
 UID = "5f0c"
 ENOUGH = 100  # steps, for whatever there is to do
-IN_NETNS = {Step.LOOK, Step.ROUTES, Step.RULES, Step.REMOVE_RULES}
+IN_NETNS = {Step.LOOK, Step.ROUTES, Step.RULES, Step.RELEASE, Step.REMOVE_RULES}
 
 
 @dataclass
@@ -297,8 +298,14 @@ class EnrollmentMachine(RuleBasedStateMachine):
 
     # --- the API ------------------------------------------------------------------------------------------------------
 
-    @initialize(annotation=st.sampled_from(Annotation), runs=st.booleans(), right=st.booleans(), served=st.booleans())
-    def begin(self, annotation: Annotation, runs: bool, right: bool, served: bool) -> None:
+    @initialize(
+        annotation=st.sampled_from(Annotation),
+        runs=st.booleans(),
+        right=st.booleans(),
+        served=st.booleans(),
+        settles=st.sampled_from((0, 0, ENOUGH)),
+    )
+    def begin(self, annotation: Annotation, runs: bool, right: bool, served: bool, settles: int) -> None:
         """A fresh agent on a node where earlier ones may have been at work."""
         assert self.pod is not None
         self.pod.annotation = annotation
@@ -311,6 +318,8 @@ class EnrollmentMachine(RuleBasedStateMachine):
         if served:
             self.ztunnel_starts()
             self.ztunnel_reconnects(False)
+            for _ in range(settles):
+                self.work([Outcome.OK])
 
     @precondition(lambda self: self.pod)
     @rule(belongs=st.booleans())
@@ -531,6 +540,8 @@ class EnrollmentMachine(RuleBasedStateMachine):
             assert pod is None or pod.annotation is Annotation.ABSENT
             if inside:
                 assert (inside.rules, inside.routes) in {("", False), ("tampered", False)}
+                assert not inside.rest
 
 
 TestEnrollment = EnrollmentMachine.TestCase
+TestEnrollment.settings = settings(max_examples=4 * settings().max_examples)

@@ -44,6 +44,9 @@ class PacketBackend(Protocol):
     def listing(self) -> str:
         """Return the kernel's rules, ours and others', as text without counters: for people."""
 
+    def release(self) -> None:
+        """Empty our chains of table nat, so that no new connection is translated. Raises ApplyError."""
+
     def remove(self, known: Ruleset | None = None) -> None:
         """Take everything of ours out; nothing there is fine. Raises ApplyError.
 

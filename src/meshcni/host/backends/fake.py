@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from meshcni.errors import ApplyError
 from meshcni.rules import nft, plan
-from meshcni.rules.model import Backend, Jump, Ruleset
+from meshcni.rules.model import BUILT_IN_CHAINS, Backend, Jump, Ruleset, Table, TableName
 
 
 class FakeBackend:
@@ -53,9 +55,21 @@ class FakeBackend:
         """Return what nft would list."""
         return nft.listing(self.held) if self.held else ""
 
+    def release(self) -> None:
+        """Hold the nat chains that hang on no hook without their rules."""
+        if self.held is not None:
+            self.held = replace(self.held, tables=tuple(map(_without_translation, self.held.tables)))
+
     def remove(self, known: Ruleset | None = None) -> None:
         """Hold nothing."""
         self.held = None
+
+
+def _without_translation(table: Table) -> Table:
+    if table.name is not TableName.NAT:
+        return table
+    chains = (chain if chain.name in BUILT_IN_CHAINS else replace(chain, rules=()) for chain in table.chains)
+    return replace(table, chains=tuple(chains))
 
 
 def _dangling_jump(ruleset: Ruleset) -> str:

@@ -141,6 +141,15 @@ class IptablesBackend:
         """Return what the save commands print for the families that have tables."""
         return "".join(self._save(family) for family in Family if self._chains(family))
 
+    def release(self) -> None:
+        """Empty our nat chains, those of each family in one transaction."""
+        texts = {}
+        for family in Family:
+            chains = [chain for chain in self._chains(family).get("nat", ()) if is_own_chain(chain, self._purpose)]
+            if chains:
+                texts[family] = "\n".join(["*nat", *(f":{chain} - [0:0]" for chain in chains), "COMMIT", ""])
+        self._restore(texts)
+
     def remove(self, known: Ruleset | None = None) -> None:
         """Take our chains and entries out of both families."""
         for family in Family:

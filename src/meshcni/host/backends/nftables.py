@@ -5,8 +5,9 @@ from __future__ import annotations
 from meshcni.errors import ApplyError
 from meshcni.host.backends.libnftables import Nft
 from meshcni.rules import nft, plan
-from meshcni.rules.model import Backend, Purpose, Ruleset
+from meshcni.rules.model import BUILT_IN_CHAINS, Backend, Purpose, Ruleset, TableName
 from meshcni.rules.nft_layout import LAYOUTS, own_tables
+from meshcni.rules.nft_rule import chain_name
 
 VARIANT = "nftables"
 
@@ -71,6 +72,14 @@ class NftablesBackend:
     def listing(self) -> str:
         """Return the whole ruleset of the namespace."""
         return self._nft.show("list ruleset")
+
+    def release(self) -> None:
+        """Empty our nat chains that hang on no hook."""
+        table = LAYOUTS[self._purpose].table_name(TableName.NAT)
+        bases = {chain_name(name) for name in BUILT_IN_CHAINS}
+        chains = [chain for chain in self._tables().get(table, ()) if chain not in bases]
+        if chains:
+            self._nft.change("".join(f"flush chain inet {table} {chain}\n" for chain in chains))
 
     def remove(self, known: Ruleset | None = None) -> None:
         """Delete our tables, or our chains in a shared one, if there are any."""
