@@ -213,14 +213,17 @@ class HostSide:
         self._without_owners = ours.warning == NO_COMMENTS
         if ours.warning:
             log.warning("the set of probed addresses: %s", ours.warning)
-        missing = {address: owner for address, owner in other.entries().items() if owner}
+        missing = {address: owner for address, owner in _entries(other).items() if owner}
         entries = ours.entries()
         missing = {address: owner for address, owner in missing.items() if address not in entries}
         if missing:
             log.info("taking %d addresses over from the %s set", len(missing), other.variant)
             ours.put(missing, {})
         self._rules(uid, choice)
-        other.destroy()
+        try:
+            other.destroy()
+        except MeshCniError as error:
+            log.info("sets of the %s variant may stay: %s", other.variant, error)
         return ours.entries()
 
     def _rules(self, uid: int | None, choice: VariantChoice | None) -> None:
@@ -306,8 +309,9 @@ class HostSide:
 
     def _take_away(self) -> None:
         hostrules.remove_host()
-        for probes in (self._set(), self._other_set()):
-            probes.destroy()
+        self._set().destroy()
+        if _entries(self._other_set()):
+            self._other_set().destroy()
         self._branches.clear()
         self._remove_branches(list(brancheni.observe()))
 
@@ -318,3 +322,12 @@ class HostSide:
                 brancheni.remove(rules, keep=tuple(self._branches.values()))
             except (MeshCniError, OSError) as error:
                 log.warning("policy rules of a branch interface stay: %s", error)
+
+
+def _entries(probes: ProbeSet) -> dict[Address, str]:
+    """The entries of the other backend's set; none where the kernel does not have that kind of set at all."""
+    try:
+        return probes.entries()
+    except MeshCniError as error:
+        log.debug("no sets of the %s variant here: %s", probes.variant, error)
+        return {}
