@@ -220,10 +220,7 @@ class HostSide:
             log.info("taking %d addresses over from the %s set", len(missing), other.variant)
             ours.put(missing, {})
         self._rules(uid, choice)
-        try:
-            other.destroy()
-        except MeshCniError as error:
-            log.info("sets of the %s variant may stay: %s", other.variant, error)
+        _destroy(other)
         return ours.entries()
 
     def _rules(self, uid: int | None, choice: VariantChoice | None) -> None:
@@ -310,8 +307,7 @@ class HostSide:
     def _take_away(self) -> None:
         hostrules.remove_host()
         self._set().destroy()
-        if _entries(self._other_set()):
-            self._other_set().destroy()
+        _destroy(self._other_set())
         self._branches.clear()
         self._remove_branches(list(brancheni.observe()))
 
@@ -331,3 +327,11 @@ def _entries(probes: ProbeSet) -> dict[Address, str]:
     except MeshCniError as error:
         log.debug("no sets of the %s variant here: %s", probes.variant, error)
         return {}
+
+
+def _destroy(probes: ProbeSet) -> None:
+    """Destroy the other backend's sets, where the kernel has that kind."""
+    try:
+        probes.destroy()
+    except MeshCniError as error:
+        log.info("sets of the %s variant may stay: %s", probes.variant, error)
