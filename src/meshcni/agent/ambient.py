@@ -230,7 +230,7 @@ class Ambient:
         if record is None:
             record = PodRecord(pod, Intent.ENROLL, "add", actual=adopted(annotation_of(pod)))
             self.records.put(record)
-        record.pod, record.intent, record.in_api = pod, Intent.ENROLL, True
+        record.pod, record.intent, record.in_api, record.source = pod, Intent.ENROLL, True, "add"
         self._read_parameters(record)
         if record.parameters_error is not None:
             raise record.parameters_error
