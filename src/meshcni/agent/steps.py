@@ -161,7 +161,9 @@ class Steps:
         def work(choice: VariantChoice | None) -> tuple[str, ...]:
             drift: tuple[str, ...] = ()
             if healing:
-                drift = verify_pod(parameters, families, config.backend, choice=choice)
+                drift = verify_pod(
+                    parameters, families, config.backend, force_iptables=config.forced_variant, choice=choice
+                )
                 if not drift:
                     return ()
             apply_pod(
@@ -183,7 +185,10 @@ class Steps:
         if parameters is None:
             return ()
         return await self._in_netns(
-            record, lambda choice: verify_pod(parameters, families, config.backend, choice=choice)
+            record,
+            lambda choice: verify_pod(
+                parameters, families, config.backend, force_iptables=config.forced_variant, choice=choice
+            ),
         )
 
     async def _release(self, record: PodRecord) -> None:
