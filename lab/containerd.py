@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import subprocess
 from pathlib import Path
@@ -95,6 +96,12 @@ class Containerd:
         partial = self.conf_dir / f".{CONF_NAME}.partial"
         partial.write_text(json.dumps(chain(), indent=2) + "\n")
         partial.rename(self.conf_dir / CONF_NAME)
+
+    def hand_out_again(self, *addresses: str) -> None:
+        """Have the address plugin begin with these the next time, one of each family, if they are free."""
+        for index, address in enumerate(addresses):
+            before = ipaddress.ip_address(address) - 1
+            self.node.path(f"/var/lib/cni/networks/lab/last_reserved_ip.{index}").write_text(str(before))
 
     def netns_path(self, sandbox: Sandbox) -> str:
         """Return the path from outside of the sandbox's netns; that of the node for one on the host's network."""

@@ -28,6 +28,8 @@ BACKENDS = {
     "iptables-legacy": AgentOptions(ambient=True, nftables=False, force_iptables="legacy", environment=SETTINGS),
 }
 MODE = istio.DATAPLANE_MODE
+TABLE = re.compile(r"^table .*?^}$", re.MULTILINE | re.DOTALL)
+LEGACY_TABLE = re.compile(r"^\*.*?^COMMIT$", re.MULTILINE | re.DOTALL)
 OURS = re.compile(r"istio|ISTIO|0x111")
 
 
@@ -87,17 +89,20 @@ def traces(mesh: Mesh, pod: RunningPod) -> list[str]:
 
 
 def kernel(mesh: Mesh, netns: str) -> list[str]:
-    """Rules of every backend, policy rules and the routes of our table, in an order that does not depend on time."""
+    """Tables that hold something of ours, policy rules, routes of our table, in an order that does not depend on time.
+
+    What the iptables commands leave of tables in which nothing is left is no difference.
+    """
     script = (
-        "nft list ruleset; echo; "
+        "nft list ruleset; "
         "ip rule; ip -6 rule; ip route show table 100 2>/dev/null; ip -6 route show table 100 2>/dev/null; "
     )
     if legacy_tables_loaded(mesh.node, netns):
         script += "iptables-legacy-save; ip6tables-legacy-save; "
     text = COUNTERS.sub("", mesh.node.run(["sh", "-c", f"{script} true"], netns=netns))
-    tables = sorted(re.findall(r"^table .*?^}$", text, re.MULTILINE | re.DOTALL))
+    tables = sorted(table for table in TABLE.findall(text) if OURS.search(table))
+    rest = LEGACY_TABLE.sub(lambda found: found[0] if OURS.search(found[0]) else "", TABLE.sub("", text))
     lines = [line for table in tables for line in chains_sorted(table)]
-    rest = re.sub(r"^table .*?^}$", "", text, flags=re.MULTILINE | re.DOTALL)
     return lines + [line for line in rest.splitlines() if line and not line.startswith("#")]
 
 

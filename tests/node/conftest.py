@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from lab.agent import Agent, AgentOptions
+from lab.apiserver import ApiServer
 from lab.containerd import GATEWAY_V4, GATEWAY_V6
 from lab.mesh import Mesh
 from lab.node import LabUnavailableError
@@ -63,9 +64,16 @@ def ambient(ambient_node: Mesh) -> Iterator[Mesh]:
     yield mesh
     mesh.api.do(lambda server: server.clear_faults())
     remove_pods(mesh, list(mesh.pods))
+    mesh.api.do(forget_all_pods)
     for name, ztunnel in mesh.ztunnels.items():
         if name != "ztunnel":
             ztunnel.kill()
+
+
+def forget_all_pods(server: ApiServer) -> None:
+    """Also those that a failed test has left."""
+    for pod in list(server.cluster.objects("pods")):
+        server.delete_pod(pod["metadata"]["namespace"], pod["metadata"]["name"])
 
 
 @pytest.fixture

@@ -105,8 +105,15 @@ def versions(mesh: Mesh, pods: list[RunningPod]) -> list[str]:
 # --- the agent --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("end", ["terminate", "kill"])
+RESTARTS = (
+    ("nftables", "terminate"),
+    ("nftables", "kill"),
+    ("iptables-nft", "terminate"),
+    ("iptables-legacy", "kill"),
+)
+
+
+@pytest.mark.parametrize(("backend", "end"), RESTARTS)
 def test_a_restart_of_the_agent_changes_nothing(ambient: Mesh, backend: str, end: str) -> None:
     mesh = ambient
     mesh.agent.ensure(BACKENDS[backend])
