@@ -266,8 +266,9 @@ class Reconciler:
             record.undoing, record.error = True, error
         if record.error is None or not record.undoing:  # else what is undone is what people should hear of
             record.error = error
-        is_new = record.reasons.get(row.step) != error.message
-        record.reasons[row.step] = error.message
+        reason = _reason(error)
+        is_new = record.reasons.get(row.step) != reason
+        record.reasons[row.step] = reason
         if is_new:
             await self._effects.failed(row.step, record, error)
 
@@ -335,6 +336,11 @@ def _answer(record: PodRecord, error: MeshCniError | None) -> None:
         waiter.set_result(None)
     else:
         waiter.set_exception(error)
+
+
+def _reason(error: MeshCniError) -> str:
+    """What makes an error the same news as before: its code or cause, because messages name figures that change."""
+    return str(getattr(error, "code", "") or getattr(error, "cause", "") or error.message)
 
 
 def _unexpected(record: PodRecord, error: Exception) -> EnrollmentError:
