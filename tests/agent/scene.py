@@ -224,12 +224,13 @@ class Scene:
     def start(self, *arguments: str, ambient: bool = False, **environment: str) -> Agent:
         """Start the agent; it is ended with the scene if the test does not end it."""
         log = self.directory / f"agent-{next(_numbers)}.log"
+        node = {"ZTUNNEL_UDS_ADDRESS": str(self.ztunnel_socket), "KUBELET_UID": "0"}  # never those of the machine
 
         def begin() -> subprocess.Popen[bytes]:
             with log.open("wb") as output:
                 return subprocess.Popen(
                     (*self.program, *arguments),
-                    env=self.environment(ambient=ambient) | environment,
+                    env=node | self.environment(ambient=ambient) | environment,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )

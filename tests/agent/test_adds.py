@@ -122,16 +122,6 @@ def test_bad_annotation_fails_with_code_7_and_an_event(scene: Scene, agent: Agen
     assert wait_until("an Event", posted)
 
 
-def test_ambient_pod_is_refused(scene: Scene) -> None:
-    scene.api.do(lambda server: server.add_namespace("shop", {istio.DATAPLANE_MODE: "ambient"}))
-    selector = "- namespaceSelector: {matchLabels: {istio.io/dataplane-mode: ambient}}"
-    agent = scene.start(AMBIENT_ENABLED="true", AMBIENT_ENABLEMENT_SELECTOR=selector)
-    agent.wait_watching()
-    reply = agent.add(scene.add_pod(unmeshed_pod("shop", "cart")), scene.pod_netns("10.1.0.5/24"))
-    assert (reply.ok, reply.code) == (False, 11)
-    assert "not part of this build" in reply.message
-
-
 @pytest.mark.parametrize("backend", ["nft", "legacy"])
 def test_iptables_variant_is_honoured_and_shown(scene: Scene, backend: str) -> None:
     agent = scene.start(NATIVE_NFTABLES="false", FORCE_IPTABLES_BINARY=backend)

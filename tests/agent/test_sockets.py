@@ -88,6 +88,7 @@ def test_connection_is_kept_for_the_next_batch(scene: Scene, agent: Agent) -> No
 
 # --- pluginevent.sock -------------------------------------------------------------------------------------------------
 
+NOT_AMBIENT = "pod shop/cart: ambient is not enabled on this node (set AMBIENT_ENABLED on the agent)\n"
 EVENT = {"Netns": "/var/run/netns/x", "PodName": "cart", "PodNamespace": "shop", "IPs": None}
 
 
@@ -95,7 +96,7 @@ EVENT = {"Netns": "/var/run/netns/x", "PodName": "cart", "PodNamespace": "shop",
 def test_event_without_ambient_is_an_error(scene: Scene, agent: Agent, method: str) -> None:
     path = scene.run_dir / istio.EVENT_SOCKET_NAME
     status, text = send(path, istio.EVENT_PATH, json.dumps(EVENT).encode(), method)
-    assert (status, text) == (500, "pod shop/cart: ambient is not enabled on this node\n")
+    assert (status, text) == (500, NOT_AMBIENT)
     assert agent.metrics()['istio_cni_plugin_requests_total{response_code="500"}'] == 1
 
 
