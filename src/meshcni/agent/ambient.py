@@ -116,7 +116,7 @@ class Ambient:
         self._pods, self._namespaces = pods, namespaces
         self._search, self._metrics, self._warn = search, metrics, warn
         self._backend = programmer.config.backend
-        self._adopted = False
+        self._namespaces_known = self._adopted = False
         self._leaving = False  # everything is being un-enrolled
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -133,8 +133,9 @@ class Ambient:
 
     async def adopt(self) -> None:
         """Take in every pod that was read, with what earlier agents left of it; from then on they are worked on."""
-        for pod in self._pods.items():  # again: the namespaces are known now
-            self.observe(pod)
+        self._namespaces_known = True
+        for pod in self._pods.items():
+            self._observe_again(pod)
         await self._adopt()
 
     def begin_to_leave(self) -> None:
@@ -341,10 +342,15 @@ class Ambient:
         self._metrics.count(m.RECONCILE_EVENTS, type=EVENT_TYPES[change.kind.value])
         if change.new is None or (change.old is not None and change.old.labels == change.new.labels):
             return
-        for pod in self._pods.items():
-            if pod.namespace == change.new.name:
-                self._metrics.count(m.RECONCILE_EVENTS, type="update")
-                self.observe(pod)
+        if self._namespaces_known:  # else each pod is looked at once all are
+            for pod in self._pods.items():
+                if pod.namespace == change.new.name:
+                    self._observe_again(pod)
+
+    def _observe_again(self, pod: Pod) -> None:
+        """Look at a pod because of its namespace, which upstream counts as an event of the pod."""
+        self._metrics.count(m.RECONCILE_EVENTS, type="update")
+        self.observe(pod)
 
     def gone(self, uid: str) -> None:
         """The pod is no more."""

@@ -89,7 +89,7 @@ ADD_DURATION = Metric(
     Type.HISTOGRAM,
     "time that an ADD took in the agent",
     ("phase", "verdict"),
-    "phase: lookup (pod found), program (rules in the kernel), total",
+    "phase: lookup (pod found), program (sidecar: rules in the kernel), enroll (ambient: ztunnel has it too), total",
     SECONDS,
 )
 ADDS_IN_PROGRESS = Metric("istio_cni_adds_in_progress", Type.GAUGE, "ADDs being served now")
@@ -163,7 +163,7 @@ AMBIENT_DRIFT = Metric(
     Type.COUNTER,
     "times that something of an enrolled pod or of the host was not as it should be, and was mended",
     ("what",),
-    "rules, netns, set, host-rules, ztunnel",
+    "rules, netns, host-rules (the address sets included)",
 )
 AMBIENT_VERIFICATION = Metric(
     "istio_cni_ambient_verification_seconds",

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import meshcni.agent.ambientwiring
+import meshcni.agent.app  # noqa: F401  # with it, whatever can be raised in an ADD
 from meshcni.agent.metrics import METRICS
-from meshcni.agent.reference import pages
+from meshcni.agent.reference import ERROR_CLASSES, pages
 from meshcni.agent.settings import ROWS
+from meshcni.errors import MeshCniError
 
 FOLDER = Path(__file__).parents[3] / "docs" / "reference"
 COMMITTED = {path.name: path.read_text() for path in FOLDER.glob("*.md")}
@@ -31,3 +34,19 @@ def test_every_setting_is_on_its_page() -> None:
 
 def test_every_metric_is_on_its_page() -> None:
     assert all(f"| `{metric.name}` |" in pages()["metrics.md"] for metric in METRICS)
+
+
+# Never the cause of a refused ADD: what keeps files, the run directory and the people's command line.
+ELSEWHERE = {"SocketLostError", "AgentFailedError", "JsonError", "FileChangedError", "DirectoryLockedError"}
+
+
+def test_every_error_class_is_on_its_page() -> None:
+    known = {kind.__name__ for kind in subclasses(MeshCniError) if not kind.__name__.startswith("_")}
+    assert {kind.__name__ for kind in ERROR_CLASSES} == known - ELSEWHERE | {"MeshCniError"}
+    assert len({kind.__name__ for kind in ERROR_CLASSES}) == len(ERROR_CLASSES)
+
+
+def subclasses(kind: type[MeshCniError]) -> set[type[MeshCniError]]:
+    """All of them, at whatever depth, of our package."""
+    direct = {one for one in kind.__subclasses__() if one.__module__.startswith("meshcni.")}
+    return direct.union(*(subclasses(one) for one in direct))
