@@ -16,7 +16,7 @@ Find = Callable[[Mapping[str, Wanted]], dict[str, Found | Refused]]
 
 
 class NetnsNotFoundError(NetnsError):
-    """No namespace for a pod; `code` is that of host.podnetns.Refused."""
+    """No network namespace was found for a pod that runs; `code` says why, see host.podnetns.Refused."""
 
     def __init__(self, code: str, message: str, hint: str = "") -> None:
         super().__init__(message, hint)

@@ -35,7 +35,7 @@ CAUSE_HINTS: Mapping[str, str] = {
 
 
 class ApiError(KubeError):
-    """A failed call: `status` is the HTTP status (0 without an answer), `cause` one of the words above.
+    """A failed call of the API: `status` is the HTTP status (0 without an answer), `cause` one of this module's words.
 
     `reason` is the API's machine-readable word (`Expired`, `NotFound` ...), `retry_after_seconds` what the server asked
     us to wait, None when it did not. A UID that is not the object's own counts as 409 Conflict: API servers know it as
