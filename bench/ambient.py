@@ -176,9 +176,7 @@ def restart(mesh: Mesh, backend: Backend) -> list[Row]:
     """A restart with 250 enrolled pods: ready, all known to ztunnel, looked after; a new pod meanwhile."""
     empty = ready_milliseconds_without_pods(mesh, backend)
     with ambient_mesh(mesh, backend) as stand_in, ExitStack() as stack:
-        adds = Adds(
-            mesh, f"many-{backend.value[:3]}", _pods(), stack
-        )
+        adds = Adds(mesh, f"many-{backend.value[:3]}", _pods(), stack)
         for number in range(PODS):
             run(mesh.node, adds.command(number))
         _start_processes(mesh, adds, stack)
