@@ -105,11 +105,29 @@ class AmbientScene:
         obj = ambient_pod(namespace, name, **fields)
         return self._with_netns(self.scene.add_pod(obj) if known else obj)
 
-    def running_pod(self, name: str = "cart", namespace: str = "shop", **fields: Any) -> AmbientPod:
+    def many_pods(self, count: int, **fields: Any) -> list[AmbientPod]:
+        """Pods as `new_pod` makes them, whose netns have no name: hundreds of them are made in no time."""
+        made = []
+        for number in range(count):
+            netns, address = Netns(), next(self._addresses)
+            self._stack.callback(netns.close)
+            link = "link add eth0 type veth peer name peer0"
+            netns.ip("link set lo up", link, "link set eth0 up", f"addr add {address}/24 dev eth0")
+            obj = self.scene.add_pod(ambient_pod("shop", f"cart-{number}", **fields))
+            made.append(AmbientPod(obj, f"/proc/{os.getpid()}/fd/{netns.fd}", netns, address))
+        return made
+
+    def running_pod(
+        self, name: str = "cart", namespace: str = "shop", *, labelled: bool = True, **fields: Any
+    ) -> AmbientPod:
         """A pod that runs: with an address in the API and a process in the host's procfs."""
         address = next(self._addresses)
-        pod = self._with_netns(self.scene.add_pod(ambient_pod(namespace, name, ips=(address,), **fields)), address)
+        obj = ambient_pod(namespace, name, ips=(address,), **fields)
+        if not labelled:
+            del obj["metadata"]["labels"][istio.DATAPLANE_MODE]
+        pod = self._with_netns(obj, address)
         self.run_process(pod)
+        pod.obj = self.scene.add_pod(obj)
         return pod
 
     def run_process(self, pod: AmbientPod) -> int:
