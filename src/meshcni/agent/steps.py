@@ -19,6 +19,7 @@ from meshcni.agent.ztunnel import Workload, ZtunnelServer
 from meshcni.errors import KubeError, MeshCniError, NetnsError
 from meshcni.host.ambient import apply_pod, prepare_routes, release_pod, remove_pod, verify_pod
 from meshcni.host.backends.detection import VariantChoice
+from meshcni.host.netns import facts
 from meshcni.pods.ambient import AmbientParameters
 from meshcni.pods.enrollment import Annotation, Intent, Step, seen
 from meshcni.pods.model import Pod
@@ -40,6 +41,10 @@ LINGER_SECONDS = (
 NOTHING_TO_CLEAN = frozenset({"not-found", "host-netns", "sandboxed"})
 
 Warn = Callable[[Pod, str, str], Awaitable[None]]
+
+
+class SandboxGoneError(NetnsError):
+    """The runtime has torn the sandbox down: ztunnel cannot listen there, and nothing can be enrolled in it."""
 
 
 class PatchesRedirection(Protocol):
@@ -184,12 +189,14 @@ class Steps:
         parameters, config, families = record.parameters, self._parts.programmer.config, self._parts.families
         if parameters is None:
             return ()
-        return await self._in_netns(
-            record,
-            lambda choice: verify_pod(
-                parameters, families, config.backend, force_iptables=config.forced_variant, choice=choice
-            ),
-        )
+        has_addresses = bool(record.addresses)
+
+        def work(choice: VariantChoice | None) -> tuple[str, ...]:
+            if has_addresses and not facts().addresses:
+                raise SandboxGoneError(f"the network namespace of pod {record.name} has no address any more")
+            return verify_pod(parameters, families, config.backend, force_iptables=config.forced_variant, choice=choice)
+
+        return await self._in_netns(record, work)
 
     async def _release(self, record: PodRecord) -> None:
         await self._in_netns(record, lambda _choice: release_pod())

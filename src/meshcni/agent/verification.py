@@ -19,7 +19,7 @@ from meshcni.agent.metrics import Metrics
 from meshcni.agent.netnssearch import NetnsSearch
 from meshcni.agent.podrecord import PodRecord
 from meshcni.agent.reconciler import Reconciler
-from meshcni.agent.steps import Steps
+from meshcni.agent.steps import SandboxGoneError, Steps
 from meshcni.errors import MeshCniError
 from meshcni.pods.enrollment import Life
 
@@ -134,6 +134,12 @@ class Verification:
         generation, looked_for = record.generation, record.actual.rules
         try:
             drift = await self._steps.verify_rules(record)
+        except SandboxGoneError as error:
+            if record.generation == generation:
+                log.info("%s", error)
+                record.leave_sandbox(by_add=False)  # a ztunnel that starts must not be handed it
+                self._records.wake(record)
+            return
         except MeshCniError as error:
             log.debug("the rules of %s cannot be looked at: %s", record.name, error)
             return
