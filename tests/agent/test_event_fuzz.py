@@ -19,7 +19,7 @@ from tests.kernel.world import Netns
 
 from meshcni.agent import metrics as m
 from meshcni.agent.metrics import Metrics
-from meshcni.agent.podevents import PodEvents
+from meshcni.agent.podevents import ANSWER_SECONDS, PodEvents
 from meshcni.agent.podlookup import PodLookup
 from meshcni.agent.socketservices import MAX_ANSWER_CHARACTERS, EventService
 from meshcni.agent.web import Request, Response
@@ -38,9 +38,10 @@ class Cluster:
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
+        self.slow_seconds = 0.0
 
     async def get_pod(self, namespace: str, name: str, *, timeout: float) -> Pod:
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.slow_seconds)
         if (namespace, name) != ("shop", "cart"):
             raise KubeError(404, f"pods {name!r} not found")
         if self._chance.random() < 0.1:
@@ -68,10 +69,12 @@ class Enrolment:
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
         self.inodes: Counter[int] = Counter()
+        self.longest_seconds = 0.0
 
     async def enroll(self, pod: Pod, netns: int, addresses: Addresses, name: str, seconds: float) -> object:
         assert pod.full_name == "shop/cart"
         self.inodes[os.fstat(netns).st_ino] += 1
+        self.longest_seconds = max(self.longest_seconds, seconds)
         await asyncio.sleep(0)
         if self._chance.random() < 0.3:
             raise ZtunnelError("nack", f"no: {'x' * self._chance.randrange(5000)}", "\ud800")
@@ -86,7 +89,8 @@ class Service:
         self.metrics, self.enrolment = Metrics(of_process=False), Enrolment(chance)
         pods: Unsynced = Unsynced()
         namespaces: dict[str, Namespace] | None = None
-        lookup = PodLookup(Cluster(chance), pods, namespaces, 1.0)
+        self.cluster = Cluster(chance)
+        lookup = PodLookup(self.cluster, pods, namespaces, 1.0)
         events = PodEvents(lookup, POLICY, self.enrolment.enroll)
         self.service = EventService(self.metrics, events.handle)
         self.statuses: Counter[int] = Counter()
@@ -126,6 +130,7 @@ def test_every_body_is_answered_and_counted(seed: int) -> None:
     asyncio.run(run())
     assert sum(service.statuses.values()) == BODIES // 2
     assert service.counted() == {str(status): count for status, count in service.statuses.items()}
+    assert 0 < service.enrolment.longest_seconds <= ANSWER_SECONDS or not service.enrolment.inodes
     assert min(service.statuses[status] for status in (400, 500)) > BODIES // 50, "the bodies are not varied enough"
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
@@ -151,3 +156,21 @@ def test_many_at_once_with_good_ones_among_them(netns: Netns) -> None:
     assert 0 < service.statuses[200] <= service.enrolment.inodes.total() <= 500
     assert sum(service.counted().values()) == 2500
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_time_of_the_look_up_is_no_longer_there_for_the_enrolment(netns: Netns) -> None:
+    """The plugin's client counts from its request."""
+    service = Service(3)
+    service.cluster.slow_seconds = 0.5
+    path = f"/proc/{os.getpid()}/fd/{netns.fd}"
+    event = json.dumps({"Netns": path, "PodName": "cart", "PodNamespace": "shop", "IPs": None}).encode()
+    asyncio.run(service.send(event))
+    assert 0 < service.enrolment.longest_seconds <= ANSWER_SECONDS - 0.5
+
+
+def test_cluster_that_does_not_answer_in_time() -> None:
+    service = Service(1)
+    service.cluster.slow_seconds = 60
+    response = asyncio.run(service.send(b'{"Netns": "/x", "PodName": "cart", "PodNamespace": "shop"}'))
+    assert response.status == 500
+    assert b"the API server did not tell" in response.body

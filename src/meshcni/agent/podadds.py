@@ -43,7 +43,7 @@ from meshcni.protocols.podadd import AddReply, AddRequest, accepted, refused
 log = logging.getLogger(__name__)
 
 ADD_SECONDS = 60.0  # everything; the kubelet gives a sandbox 2 to 4 minutes and then starts anew
-ENROLL_SECONDS = 23.0  # ztunnel's return included; our plugin waits 25 s for the answer
+ENROLL_SECONDS = 23.0  # look-up and ztunnel's return included; our plugin waits 25 s for the answer
 REMEMBERED_ADDS = 50  # for `install-cni status`
 MAX_LOGGED_CHARACTERS = 200  # of a message, so that a line stays below 400 bytes
 MAX_REPLY_CHARACTERS = 2000  # an annotation can be 256 KiB long, and messages quote values
@@ -178,7 +178,8 @@ class PodAdds:
         if self._enroll is None:
             raise AddRefusedError(f"pod {pod.full_name} is an ambient pod, and ambient mode is off on this node")
         with record.phase("enroll"):
-            await self._enroll(pod, netns_fd, addresses(request.ips), request.netns, ENROLL_SECONDS)
+            seconds = ENROLL_SECONDS - record.milliseconds["lookup"] / 1000
+            await self._enroll(pod, netns_fd, addresses(request.ips), request.netns, seconds)
         record.verdict, record.message = "ambient", AMBIENT_ENABLED.text
         return accepted("ambient", record.reason, record.message)
 

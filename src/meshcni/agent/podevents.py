@@ -5,7 +5,9 @@ Upstream: cni/pkg/nodeagent/cni-watcher.go. Excluded namespaces are not looked a
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
@@ -18,7 +20,7 @@ from meshcni.pods.eligibility import Policy, Verdict, decide
 from meshcni.pods.model import Pod
 from meshcni.protocols.cmdadd import PodAdded
 
-ANSWER_SECONDS = 4.5  # that plugin's client gives up after 5 s, and then says less than we can
+ANSWER_SECONDS = 4.5  # for everything: that plugin's client gives up after 5 s, and then says less than we can
 
 Addresses = tuple[IPv4Address | IPv6Address, ...]
 Enroll = Callable[[Pod, int, Addresses, str, float], Awaitable[object]]
@@ -36,8 +38,14 @@ class PodEvents:
         """Return when the pod is enrolled. Raises MeshCniError."""
         if not (event.pod_namespace and event.pod_name):
             raise EnrollmentError("the event names no pod", "PodName and PodNamespace are needed")
-        pod = (await self._lookup.pod(event.pod_namespace, event.pod_name, event.uid)).pod
-        decision = decide(pod, await self._lookup.namespace(pod.namespace), self._policy)
+        end = time.monotonic() + ANSWER_SECONDS
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                pod = (await self._lookup.pod(event.pod_namespace, event.pod_name, event.uid)).pod
+                namespace = await self._lookup.namespace(pod.namespace)
+        except TimeoutError:
+            raise EnrollmentError(f"the API server did not tell within {ANSWER_SECONDS:g} s what the pod is") from None
+        decision = decide(pod, namespace, self._policy)
         if decision.verdict is not Verdict.AMBIENT:
             raise EnrollmentError(
                 f"unexpectedly not eligible for ambient enrollment: {decision.reason.text} ({decision.evidence})",
@@ -47,6 +55,6 @@ class PodEvents:
         try:
             check_pod_netns(netns)
             usable = tuple(ip for ip in event.ips if not (ip.is_link_local or ip.is_loopback))
-            await self._enroll(pod, netns, usable, event.netns, ANSWER_SECONDS)
+            await self._enroll(pod, netns, usable, event.netns, max(end - time.monotonic(), 0.0))
         finally:
             os.close(netns)

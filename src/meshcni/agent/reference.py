@@ -16,6 +16,7 @@ from meshcni.agent.netnssearch import NetnsNotFoundError
 from meshcni.agent.podadds import AGENT_REASONS, AddRefusedError
 from meshcni.agent.reconciler import EnrollmentError
 from meshcni.agent.settings import ROWS, Effect, Section
+from meshcni.agent.steps import SandboxGoneError
 from meshcni.errors import MeshCniError
 from meshcni.host.backends.libnftables import NftUnavailableError
 from meshcni.kube.failures import ApiError
@@ -55,6 +56,7 @@ ERROR_CLASSES: tuple[type[MeshCniError], ...] = (
     EnrollmentError,
     HostSideError,
     NetnsNotFoundError,
+    SandboxGoneError,
     NftUnavailableError,
     ApiError,
 )

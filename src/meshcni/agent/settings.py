@@ -264,8 +264,8 @@ class Settings:
         False, BOOLEAN, AMBIENT, "rules, routes and sets for IPv6 too; false: IPv6 traffic passes by the mesh",
         env="AMBIENT_IPV6")
     ambient_reconcile_pod_rules_on_startup: bool = _setting(
-        False, BOOLEAN, AMBIENT, "bring the rules of running pods up to date at start",
-        env="AMBIENT_RECONCILE_POD_RULES_ON_STARTUP")
+        False, BOOLEAN, AMBIENT, "of no effect: rules of running pods are always verified, at start and later",
+        env="AMBIENT_RECONCILE_POD_RULES_ON_STARTUP", effect=Effect.IGNORED)
     host_probe_snat_ip: IPv4Address | HostIp = _setting(
         IPv4Address(istio.PROBE_SNAT_V4), PROBE_V4, AMBIENT, "source address that marks probes of the node's kubelet",
         env="HOST_PROBE_SNAT_IP")
