@@ -8,7 +8,7 @@ the builder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
@@ -380,6 +380,15 @@ class Ruleset:
     routes: tuple[LocalRoute, ...] = ()
     addresses: tuple[LoopbackAddress, ...] = ()
     purpose: Purpose = Purpose.SIDECAR
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Hash once: rule sets are keys of what is remembered (rules/remember.py), and have hundreds of parts."""
+        parts = (self.families, self.tables, self.policy_rules, self.routes, self.addresses, self.purpose)
+        object.__setattr__(self, "_hash", hash(parts))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def size(self) -> int:
