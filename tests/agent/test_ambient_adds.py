@@ -139,6 +139,19 @@ def test_ipv6_can_be_off(ambient: AmbientScene, ztunnel: Program) -> None:
     assert "ip6" not in ambient.host_rules()
 
 
+@pytest.mark.parametrize("setting", ["true", "false"])
+def test_pod_with_ipv6_alone(ambient: AmbientScene, ztunnel: Program, setting: str) -> None:
+    """With AMBIENT_IPV6=false its traffic passes by, as with the original; but it starts."""
+    agent = ambient.ready(AMBIENT_IPV6=setting)
+    pod = ambient.new_pod()
+    pod.netns.ip(f"addr del {pod.address}/24 dev eth0", "addr add fd00:1::7/64 dev eth0 nodad")
+    reply = add(agent, pod, ips=("fd00:1::7/64",))
+    assert reply.ok, reply.message
+    assert ambient.set_entries() == ({"fd00:1::7": pod.uid} if setting == "true" else {})
+    ambient.wait_annotation(pod, "enabled")
+    assert ("lookup 100" in pod.netns.shell("ip", "-6", "rule")) is (setting == "true")
+
+
 def test_dual_stack_pod_has_both_addresses_in_the_sets(ambient: AmbientScene, agent: Agent) -> None:
     pod = ambient.new_pod()
     reply = add(agent, pod, ips=(f"{pod.address}/24", "fd00:1::5/64"))
@@ -269,13 +282,17 @@ def test_ztunnel_that_breaks_off_in_an_add(ambient: AmbientScene, agent: Agent, 
 # --- many -------------------------------------------------------------------------------------------------------------
 
 
-def test_fifty_at_once(ambient: AmbientScene, agent: Agent, ztunnel: Program) -> None:
-    pods = [ambient.new_pod(f"cart-{number}") for number in range(50)]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fifty_at_once(ambient: AmbientScene, ztunnel: Program, variant: str) -> None:
+    agent = ambient.ready(**VARIANTS[variant])
+    ztunnel.wait("its snapshot", lambda state: bool(state["snapshot"]))
+    pods = ambient.many_pods(50)
     with ThreadPoolExecutor(50) as threads:
         replies = list(threads.map(lambda pod: add(agent, pod), pods))
     assert [reply.verdict for reply in replies] == ["ambient"] * 50
-    assert all(is_captured(pod) for pod in pods)
-    assert ambient.set_entries() == {pod.address: pod.uid for pod in pods}
+    assert all(is_captured(pod, variant) for pod in pods)
+    entries = ambient.set_entries() if variant == "nftables" else ambient.ipset_entries()
+    assert entries == {pod.address: pod.uid for pod in pods}
     for pod in pods:
         (one,) = records_of(ztunnel, pod, "add")
         assert one["inode"] == pod.inode
@@ -366,6 +383,20 @@ def test_runtime_that_asks_again_before_the_answer(ambient: AmbientScene, agent:
     assert is_captured(pod)
 
 
+def test_sandbox_that_another_pod_had_is_taken_from_it_first(
+    ambient: AmbientScene, agent: Agent, ztunnel: Program
+) -> None:
+    """ztunnel would open two sets of listeners on the same ports and not notice."""
+    first, second = ambient.new_pod("first"), ambient.new_pod("second")
+    assert add(agent, first).ok
+    second.path, second.address = first.path, first.address
+    assert add(agent, second).ok
+    told = [(one["event"], one["uid"]) for one in ztunnel.records() if one["event"] in ("add", "del")]
+    assert told == [("add", first.uid), ("del", first.uid), ("add", second.uid)]
+    assert ztunnel.state()["workloads"].keys() == {second.uid}
+    assert ambient.set_entries() == {second.address: second.uid}
+
+
 # --- not this pod, not this netns -------------------------------------------------------------------------------------
 
 
@@ -454,6 +485,39 @@ def test_api_away_delays_only_the_annotation(ambient: AmbientScene, agent: Agent
     assert ambient.set_entries() == {pod.address: pod.uid}
     ambient.api.restart()
     ambient.wait_annotation(pod, "enabled")
+
+
+def test_slow_api_server_delays_no_pod(ambient: AmbientScene, agent: Agent) -> None:
+    ambient.api.do(lambda server: server.fault("hang", method="PATCH"))
+    pod = ambient.new_pod()
+    assert add(agent, pod).ok
+    assert ambient.annotation(pod) is None
+    ambient.wait_annotation(pod, "enabled")  # with the next try
+
+
+def test_static_pod_has_two_uids(ambient: AmbientScene, agent: Agent, ztunnel: Program) -> None:
+    """The runtime knows it by the kubelet's hash; ztunnel and the API server by the mirror's UID."""
+    digest = "0123456789abcdef" * 2
+    pod = ambient.new_pod(annotations={"kubernetes.io/config.hash": digest, "kubernetes.io/config.mirror": digest})
+    assert add(agent, pod, pod_uid=digest).ok
+    assert announced(ztunnel, pod)
+    ambient.wait_annotation(pod, "enabled")
+
+
+def test_runtime_that_tells_no_uid(ambient: AmbientScene, agent: Agent) -> None:
+    pod = ambient.new_pod()
+    assert add(agent, pod, pod_uid="").ok
+    ambient.wait_annotation(pod, "enabled")
+
+
+def test_names_of_the_greatest_length_fit(ambient: AmbientScene, agent: Agent, ztunnel: Program) -> None:
+    """ztunnel takes 1,024 bytes in a message."""
+    pod = ambient.new_pod("p" * 253, "n" * 63, known=False)
+    pod.obj["spec"]["serviceAccountName"] = "s" * 253
+    ambient.scene.add_pod(pod.obj)
+    reply = add(agent, pod)
+    assert reply.ok, reply.message
+    assert records_of(ztunnel, pod, "add")[0]["info"]["serviceAccount"] == "s" * 253
 
 
 @pytest.mark.parametrize("status", [403, 409, 500])

@@ -268,6 +268,51 @@ def test_rules_that_went_meanwhile_are_made_again_and_said(ambient: AmbientScene
     assert row_of(agent, pod)["lastMended"]
 
 
+def test_snapshot_that_ztunnel_refuses_in_part_is_made_good(ambient: AmbientScene) -> None:
+    first = ambient.ztunnel()
+    pods = enrolled_pods(ambient, 2, first)
+    first.terminate()
+    agent = ambient.ready()
+    second = ambient.ztunnel("--fault", f"nack:uid/{pods[0].uid}=AddrInUse", name="second")
+    second.wait("its snapshot", lambda state: bool(state["snapshot"]))
+    wait_state(agent, pods[1], "enrolled")
+    wait_until("the reason", lambda: "AddrInUse" in row_of(agent, pods[0])["lastError"])
+    assert row_of(agent, pods[0])["ztunnelAcked"] is False
+    assert is_captured(pods[0]), "it stays captured, or its traffic would leave in the clear"
+    assert ambient.annotation(pods[0]) == "enabled"
+    second.order(do="set", faults=[])
+    wait_state(agent, pods[0], "enrolled")
+
+
+def test_excluded_namespace_lets_its_pods_go(ambient: AmbientScene) -> None:
+    pod, *_ = enrolled_pods(ambient, 1, ambient.ztunnel())
+    agent = ambient.ready(EXCLUDE_NAMESPACES="shop")
+    wait_state(agent, pod, "")
+    assert not is_captured(pod)
+    assert ambient.annotation(pod) is None
+    assert ambient.set_entries() == {}
+
+
+def test_finished_pod_takes_no_address_from_its_successor(ambient: AmbientScene) -> None:
+    """Its address was given to another pod before an agent could take it out."""
+    ztunnel = ambient.ztunnel()
+    (finished,) = enrolled_pods(ambient, 1, ztunnel)
+    ambient.api.do(
+        lambda server: server.patch("pods", "shop", finished.name, {"status": {"phase": "Succeeded"}}, "status")
+    )
+    ambient.procfs.end(2)
+    successor = ambient.new_pod("successor")
+    successor.address = finished.address
+    successor.netns.ip(f"addr add {finished.address}/24 dev eth0")
+    ambient.run_process(successor)
+    ambient.report_address(successor)
+    agent = ambient.ready()
+    wait_state(agent, successor, "enrolled")
+    wait_state(agent, finished, "")
+    assert ambient.set_entries() == {successor.address: successor.uid}
+    assert ztunnel.state()["workloads"].keys() == {successor.uid}
+
+
 def test_pod_of_the_host_network_and_of_no_address_are_left_alone(ambient: AmbientScene) -> None:
     waiting = ambient.new_pod("waiting")
     host = ambient.new_pod("host", known=False)
@@ -455,6 +500,37 @@ def test_ztunnel_comes_over_to_the_next_agent_without_a_pause(ambient: AmbientSc
     assert ambient.scene.ztunnel_socket.exists(), "the old one leaves the new one's socket alone"
     pod = ambient.new_pod()
     assert add(new, pod).ok
+
+
+def test_next_agent_serves_while_the_old_one_is_still_there(ambient: AmbientScene) -> None:
+    """A rollout with maxSurge: pods come to the new agent, so ztunnel has to come too, and the old one must rest."""
+    ztunnel = ambient.ztunnel()
+    old = ambient.ready(AMBIENT_VERIFY_SECONDS="1")
+    ztunnel.wait("its snapshot", lambda state: bool(state["snapshot"]))
+    running = ambient.running_pod("running")
+    wait_state(old, running, "enrolled")
+    new = ambient.start(**second_ports(1))
+    wait_until("the new one to be ready", lambda: new.get(istio.READY_PATH, 18001)[0] == 200)
+    pod = ambient.new_pod()
+    assert add(new, pod).ok, old.log
+    assert ztunnel.state()["agent"] == new.process.pid
+    assert is_captured(pod)
+    rounds = old.metrics()["istio_cni_ambient_verification_seconds_count"]
+    entries = {running.address: running.uid, pod.address: pod.uid}
+    for _ in range(3):
+        assert ambient.set_entries() == entries, "the old one does not know this pod's address"
+        shell_in(ambient.scene.netns, "sleep", "1")
+    assert old.metrics()["istio_cni_ambient_verification_seconds_count"] <= rounds + 1
+    assert "another process serves" in old.get(istio.READY_PATH)[1]
+    assert old.stop() == 0
+    assert ambient.set_entries() == entries
+    assert ztunnel.state()["agent"] == new.process.pid
+    wait_state_of(new, pod)
+
+
+def wait_state_of(agent: Agent, pod: AmbientPod) -> None:
+    """Wait until ztunnel has it and all else is in place."""
+    wait_until(f"{pod.name} to be enrolled", lambda: row_of(agent, pod).get("state") == "enrolled")
 
 
 def test_socket_goes_with_the_last_agent(ambient: AmbientScene) -> None:

@@ -117,7 +117,7 @@ class Ambient:
         self._search, self._metrics, self._warn = search, metrics, warn
         self._backend = programmer.config.backend
         self._namespaces_known = self._adopted = False
-        self._leaving = False  # everything is being un-enrolled
+        self._leaving = self._closed = False  # everything is being un-enrolled; all work has ended
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -144,6 +144,7 @@ class Ambient:
 
     async def close(self) -> None:
         """End all work; pods, host and ztunnel keep what they have."""
+        self._closed = True
         await self.records.close()
         self.host.close()
 
@@ -227,6 +228,8 @@ class Ambient:
         """
         if self._leaving:
             raise EnrollmentError("ambient mode is being removed from this node", "the conf entry goes next; try again")
+        if self._closed:
+            raise EnrollmentError("this agent is ending", "the runtime tries again, with the next agent")
         record = self.records.get(pod.uid)
         if record is None:
             record = PodRecord(pod, Intent.ENROLL, "add", actual=adopted(annotation_of(pod)))

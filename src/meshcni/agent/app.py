@@ -413,10 +413,26 @@ class Agent:
         while True:
             await asyncio.sleep(rundir.LOOK_SECONDS)
             self.sockets.check()
+            if self.ambient is not None and self.sockets.taken():
+                await self._hand_over(self.ambient)
             try:
                 rundir.rotate(plugin_log)
             except OSError as error:
                 log.warning("the plugins' log cannot be put aside: %s", error)
+
+    async def _hand_over(self, ambient: Ambient) -> None:
+        """Leave pods, host and ztunnel, which then connects to it, to the agent that started after us.
+
+        What that one enrols is not known here, so we would call it wrong and take it away.
+        """
+        parts = [task for name in ("ztunnel", "ambient") if (task := self._tasks.pop(name, None)) is not None]
+        if not parts:
+            return
+        log.info("another agent serves this node now: ambient mode is left to it")
+        for task in parts:
+            task.cancel()
+        await asyncio.gather(*parts, return_exceptions=True)
+        await ambient.close()
 
     async def _gauges(self) -> None:
         """What must be looked at now and then; once ready, everything made so far is left out of collections."""
