@@ -12,7 +12,7 @@ help:            ## this list
 setup:           ## install everything the other targets need
 	@scripts/setup
 
-demo: plugin     ## a real containerd starts three pods, a real Envoy gets their traffic
+demo: plugin     ## a real containerd starts pods, a real Envoy and a stand-in for ztunnel get their traffic
 	@$(PYTHON) -m lab.demo
 
 check: setup     ## format, lint, types, contracts, pure tests

@@ -1,7 +1,8 @@
-"""`make demo`: a real containerd starts three pods, and a real Envoy gets the traffic of those that are in the mesh.
+"""`make demo`: a real containerd starts pods; an Envoy, then a ztunnel, gets the traffic of those that are in the mesh.
 
-Each pod runs twice: before the agent is on the node, and after. Everything happens in namespaces of its own; nothing of
-the host is touched and nothing is left behind, whatever ends the demo.
+Each sidecar pod runs twice: before the agent is on the node, and after. Ambient pods follow: three that start in the
+mesh, and one that joins it and leaves it while it runs. Everything happens in namespaces of its own; nothing of the
+host is touched and nothing is left behind, whatever ends the demo.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from lab.agent import EXCLUDED_NAMESPACE, AgentOptions
 from lab.clean import leftovers
 from lab.containerd import GATEWAY_V4, GATEWAY_V6
 from lab.cri import CriError
-from lab.demopage import Traffic, show_page
+from lab.demoambient import AmbientPart
+from lab.demopage import Traffic, show_ambient, show_next, show_sidecars
 from lab.envoy import Captured
 from lab.mesh import APP_PORT, Mesh, RunningPod
 from lab.node import LabError
@@ -72,12 +74,13 @@ CASES = (
 
 
 class Demo:
-    """The demonstration, step by step; `before` and `after` the agent came hold what traffic each pod had."""
+    """The demonstration, step by step; `before` and `after` the agent came hold what traffic each sidecar pod had."""
 
     def __init__(self, mesh: Mesh, steps: Steps, backend: Backend) -> None:
         self.mesh, self.steps, self.backend = mesh, steps, backend
         self.before: dict[str, Traffic] = {}
         self.after: dict[str, Traffic] = {}
+        self.ambient = AmbientPart(mesh, steps, backend)
 
     def run(self) -> None:
         """Do all of it."""
@@ -97,6 +100,7 @@ class Demo:
             with self.steps.step(f"Pod {case.name} with the agent") as step:
                 self.after[case.name] = self.run_pod(case)
                 step.note = in_words(self.after[case.name])
+        self.ambient.run()
 
     def run_pod(self, case: Case) -> Traffic:
         """Let containerd start the pod, start its proxy, connect once to it and once from it, remove it."""
@@ -130,7 +134,7 @@ class Demo:
                 wrong.append(f"{case.name}: captured without the agent")
             if self.after[case.name].captured != (EACH_WAY_ONCE if case.has_proxy else None):
                 wrong.append(f"{case.name}: {in_words(self.after[case.name])} with the agent, one each way was sent")
-        return wrong
+        return wrong + self.ambient.failures()
 
 
 def in_words(traffic: Traffic) -> str:
@@ -178,7 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("The demo failed: ", style="red", end="")
         console.print(str(error), markup=False, soft_wrap=True)
         return 1
-    show_page(console, CASES, demo.before, demo.after, backend)
+    show_sidecars(console, CASES, demo.before, demo.after, backend)
+    show_ambient(console, demo.ambient)
+    show_next(console)
     for failure in demo.failures():
         console.print(f"[red]not as it should be:[/] {failure}")
     return 1 if demo.failures() else 0

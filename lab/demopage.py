@@ -1,4 +1,4 @@
-"""What the demo shows at its end: the pods in a table, the rules of one in words, where to look next."""
+"""What the demo shows at its end: the pods in tables, rules in words, what the agent says, where to look next."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from lab.demoambient import GUEST, AmbientPart, Visit, ambient_status
 from lab.envoy import Captured
+from meshcni.pods.ambient import AmbientParameters
 from meshcni.pods.assess import Assessment
 from meshcni.pods.eligibility import Verdict
 from meshcni.rules import narrate
-from meshcni.rules.model import Backend, Family
+from meshcni.rules.ambient import pod_ruleset
+from meshcni.rules.model import Backend, Family, Ruleset
 from meshcni.rules.sidecar import sidecar_ruleset
 
 COLOURS = {Verdict.SIDECAR: "green", Verdict.AMBIENT: "green", Verdict.SKIP: "yellow", Verdict.ERROR: "red"}
 NEXT = (
     ("meshcni explain pod --file POD.yaml", "verdict, reason, parameters and rules of any pod"),
     ("meshcni rules sidecar --format words", "the rules for any set of parameters; also as script or JSON"),
+    ("meshcni rules ambient-pod", "those of ambient mode; ambient-host for the node's own"),
     ("make test", "the same with both backends, both families, faults and restarts"),
     ("make bench", "what a pod start costs"),
     ("ARCHITECTURE.md", "where each of these things is decided and done"),
@@ -60,20 +64,73 @@ class PodCase(Protocol):
         """What was decided about it."""
 
 
-def show_page(
+def show_sidecars(
     console: Console,
     cases: Sequence[PodCase],
     before: Mapping[str, Traffic],
     after: Mapping[str, Traffic],
     backend: Backend,
 ) -> None:
-    """Print the page."""
+    """Print what became of the pods that an injector has seen, and the rules of the first."""
     console.print()
     console.print(pod_table(cases, before, after))
     console.print("Each pod got one connection and made one, both times; the counts are Envoy's own.", style="dim")
     console.print()
-    console.print(rules_panel(cases[0], backend))
+    derived = cases[0].assessment.derived
+    assert derived is not None, f"{cases[0].name} is a sidecar pod"
+    ruleset = sidecar_ruleset(derived.interception, frozenset(Family), backend)
+    console.print(rules_panel(f"The rules of pod {cases[0].name} ({backend.value})", ruleset))
+
+
+def show_ambient(console: Console, part: AmbientPart) -> None:
+    """Print what became of the ambient pods, what the agent says of them, and the rules that each has."""
+    console.print()
+    console.print(ambient_table(part))
+    console.print(visit_text(part.visit), style="dim")
+    console.print()
+    status = Text("\n".join(ambient_status(part.status)), no_wrap=True, overflow="ellipsis")
+    console.print(Panel(status, title="install-cni status, its ambient part", title_align="left", box=box.ROUNDED))
+    console.print()
+    parameters = AmbientParameters(dns_capture=True)  # as the agent was told
+    ruleset = pod_ruleset(parameters, frozenset(Family), part.backend)
+    console.print(rules_panel(f"The rules of every ambient pod ({part.backend.value})", ruleset))
+
+
+def show_next(console: Console) -> None:
+    """Say where to look next."""
     console.print(next_table())
+
+
+def ambient_table(part: AmbientPart) -> Table:
+    """Return the table of ambient pods, each with the connection that it made to the next one."""
+    table = Table(box=box.ROUNDED, title="Ambient pods", title_justify="left", expand=False, show_lines=True)
+    for heading in ("pod", "verdict and reason", "annotation", "its connection", "ztunnel took", "the next app saw"):
+        table.add_column(heading)
+    for call in part.calls:
+        decision = part.assessment(call.client).decision
+        verdict = Text(decision.verdict.value, style=f"bold {COLOURS[decision.verdict]}")
+        reason = Text(f"{decision.reason.text}\n{decision.reason.code}", style="dim")
+        style = "bold green" if call.is_right else "red"
+        table.add_row(
+            Text.assemble((call.client, "bold"), "\n", (call.own_address, "dim")),
+            Text.assemble(verdict, "\n", reason),
+            part.annotations[call.client],
+            f"to {call.server}\nIPv{call.version}",
+            Text(f"{call.taken_out} out\n{call.taken_in} in", style=style),
+            Text(f"{call.seen}\n") + Text("its own address" if call.seen == call.own_address else "", style="dim"),
+        )
+    return table
+
+
+def visit_text(visit: Visit) -> str:
+    """Say in a sentence what the guest's connections met."""
+    bad = f"{len(visit.failed)} failed" if visit.failed else "none failed"
+    cut = f", {visit.cut} was open in the moment its rules came and was ended" if visit.cut else ""
+    past = f"{len(visit.past)} of them past ztunnel" if visit.past else "all through ztunnel"
+    return (
+        f"Pod {GUEST} joined and left while it ran: {visit.total} connections, {bad}{cut}; "
+        f"{visit.inside} while it was in the mesh, {past}."
+    )
 
 
 def pod_table(cases: Sequence[PodCase], before: Mapping[str, Traffic], after: Mapping[str, Traffic]) -> Table:
@@ -106,11 +163,8 @@ def traffic_cell(traffic: Traffic) -> Text:
     return head + Text(f"app saw {traffic.seen_inside}", style="dim")
 
 
-def rules_panel(case: PodCase, backend: Backend) -> Panel:
-    """Return the rules of a sidecar pod in words."""
-    derived = case.assessment.derived
-    assert derived is not None, f"{case.name} is a sidecar pod"
-    ruleset = sidecar_ruleset(derived.interception, frozenset(Family), backend)
+def rules_panel(title: str, ruleset: Ruleset) -> Panel:
+    """Return a rule set in words."""
     table = Table.grid(padding=(0, 1))
     table.add_column(justify="right", style="dim", width=3)
     table.add_column(ratio=1)
@@ -120,7 +174,7 @@ def rules_panel(case: PodCase, backend: Backend) -> Panel:
             table.add_row(number, Text(words))
         else:
             table.add_row("", Text(line, style="" if line.startswith(" ") else "bold"))
-    return Panel(table, title=f"The rules of pod {case.name} ({backend.value})", title_align="left", box=box.ROUNDED)
+    return Panel(table, title=title, title_align="left", box=box.ROUNDED)
 
 
 def next_table() -> Padding:

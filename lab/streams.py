@@ -81,8 +81,16 @@ class _Client:
 class Stream(_Client):
     """Connects, asks and ends, over and over, from inside `netns`."""
 
-    def __init__(self, netns: str, address: str, port: int, timeout_seconds: float = 4.0) -> None:
+    def __init__(
+        self,
+        netns: str,
+        address: str,
+        port: int,
+        timeout_seconds: float = 4.0,
+        pause_seconds: float = PAUSE_SECONDS,
+    ) -> None:
         super().__init__(netns, address, port, timeout_seconds)
+        self.pause_seconds = pause_seconds
         self.attempts: list[Attempt] = []
 
     def wait(self, count: int) -> None:
@@ -96,7 +104,7 @@ class Stream(_Client):
         return [attempt for attempt in self.attempts if attempt.seen is None]
 
     def _run(self) -> None:
-        while not self._stop.wait(PAUSE_SECONDS):
+        while not self._stop.wait(self.pause_seconds):
             begin = time.monotonic()
             seen, words = None, ""
             try:

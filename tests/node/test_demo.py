@@ -20,13 +20,19 @@ NODE_NAME = re.compile(r"meshcni-lab-[0-9a-f]{8}")
 
 CANNOT_RUN = missing_requirements()
 MOMENTS = ("CNI chain: bridge", "Pod ledger without", "istio-cni", "Pod ledger with the")
-ENDINGS = [(signal.SIGINT, moment) for moment in MOMENTS] + [(signal.SIGTERM, MOMENTS[2]), (signal.SIGKILL, MOMENTS[3])]
+ENDINGS = [
+    *((signal.SIGINT, moment) for moment in MOMENTS),
+    (signal.SIGTERM, MOMENTS[2]),
+    (signal.SIGKILL, MOMENTS[3]),
+    (signal.SIGTERM, "joins by a label"),
+    (signal.SIGKILL, "stand-in for ztunnel"),
+]
 
 pytestmark = pytest.mark.skipif(bool(CANNOT_RUN), reason=f"THE DEMO CANNOT RUN HERE: {CANNOT_RUN}")
 
 
-def start_demo() -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lab.demo"]
+def start_demo(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "lab.demo", *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -52,8 +58,9 @@ def traces_on_the_host() -> list[str]:
     )
 
 
-def test_the_demo_shows_three_pods() -> None:
-    demo = start_demo()
+@pytest.mark.parametrize("backend", ["nftables", "iptables"])
+def test_the_demo_shows_what_it_says(backend: str) -> None:
+    demo = start_demo("--backend", backend)
     output, _ = demo.communicate(timeout=DEMO_SECONDS)
     assert demo.returncode == 0, output
     assert output.count("Envoy: 0 in, 0 out") == 2
@@ -61,6 +68,17 @@ def test_the_demo_shows_three_pods() -> None:
     assert output.count("straight through") >= 2
     for text in ("sidecar-injected", "no-proxy-container", "127.0.0.6", "ISTIO_OUTPUT", "Where to look next"):
         assert text in output
+    for text in (
+        "ambient-enabled",
+        "3 out, 3 in",
+        "169.254.7.127",
+        "ISTIO_PRERT",
+        "none failed",
+        "all through ztunnel",
+    ):
+        assert text in output
+    for name in ("web", "orders", "stock", "report"):
+        assert re.search(rf"market/{name} +enrolled +enabled", output), "install-cni status"
     names = set(NODE_NAME.findall(output))
     assert len(names) == 1
     assert not names & leftovers()
