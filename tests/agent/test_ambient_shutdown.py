@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from lab.objects import daemonset_object
 from lab.ztunnel.client import Program
-from tests.agent.ambientscene import ZTUNNEL_WAIT, AmbientPod, AmbientScene, add, everything_in, is_captured, wait_state
-from tests.agent.scene import NODE, Agent, wait_until
+from tests.agent.ambientscene import (
+    ZTUNNEL_WAIT,
+    AmbientPod,
+    AmbientScene,
+    add,
+    everything_in,
+    is_captured,
+    push,
+    wait_state,
+)
+from tests.agent.scene import NODE, Agent, request_for, wait_until
 
 from meshcni import istio
+from meshcni.protocols.podadd import decode_reply, encode_request
 
 BACKENDS = {"nftables": {}, "nft": {"NATIVE_NFTABLES": "false", "FORCE_IPTABLES_BINARY": "nft"}}
 UNENROLL = {"AMBIENT_UNENROLL_ON_UNINSTALL": "true"}
@@ -98,6 +109,38 @@ def test_cluster_that_does_not_answer_keeps_everything(ambient: AmbientScene) ->
     assert is_captured(pod)
     assert host_of(ambient) == on_host
     assert has_conf(ambient)
+
+
+def test_pods_under_way_are_answered_before_the_end(ambient: AmbientScene, ztunnel: Program) -> None:
+    with_daemonset(ambient)
+    agent = ambient.ready()
+    ztunnel.wait("its snapshot", lambda state: bool(state["snapshot"]))
+    ztunnel.order(do="set", faults=["delay:add=1"])
+    pod, other = ambient.new_pod(), ambient.new_pod("other")
+    with ThreadPoolExecutor(2) as threads:
+        replies = threads.submit(add, agent, pod), threads.submit(push, ambient.scene, other)
+        wait_until("their rules", lambda: is_captured(pod) and is_captured(other))
+        agent.process.send_signal(signal.SIGTERM)
+        assert replies[0].result().ok
+        assert replies[1].result().status == 200
+    assert agent.process.wait(30) == 0
+    assert is_captured(pod)
+    assert is_captured(other)
+
+
+def test_pod_that_waits_for_ztunnel_does_not_keep_the_agent(ambient: AmbientScene) -> None:
+    with_daemonset(ambient)
+    agent = ambient.ready(AMBIENT_ZTUNNEL_WAIT_SECONDS="300")
+    pod = ambient.new_pod()
+    request = encode_request(request_for(pod.obj, pod.path, ips=(f"{pod.address}/24",)))
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(agent.exchange, request, (pod.netns.fd,))
+        wait_until("its rules", lambda: is_captured(pod))
+        agent.process.send_signal(signal.SIGTERM)
+        assert agent.process.wait(30) == 0
+        data = answer.result()
+    assert data is None or not decode_reply(data).ok
+    assert ambient.annotation(pod) in (None, "pending")
 
 
 # --- the DaemonSet is gone --------------------------------------------------------------------------------------------

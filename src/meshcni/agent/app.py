@@ -315,7 +315,8 @@ class Agent:
         accepting = self._tasks.get("add-server")
         if accepting is not None:
             accepting.cancel()
-        late = await self.add_server.drain(DRAIN_SECONDS)
+        requests = [server.drain(DRAIN_SECONDS) for server in self._servers]
+        late, *_ = await asyncio.gather(self.add_server.drain(DRAIN_SECONDS), *requests)
         if late:
             log.error("%d ADDs were cut short", late)
         for task in self._tasks.values():

@@ -74,11 +74,21 @@ class WebServer:
         self._connections: set[asyncio.Task[None]] = set()
         self._waiting: dict[asyncio.Task[None], None] = {}  # for a whole request, the longest waiting first
         self._server: asyncio.Server | None = None
+        self._ending = False
 
     async def start(self, listener: socket.socket) -> None:
         """Serve on `listener`, which belongs to the server from now on."""
         start = asyncio.start_unix_server if listener.family == socket.AF_UNIX else asyncio.start_server
         self._server = await start(self._accepted, sock=listener, backlog=512)
+
+    async def drain(self, seconds: float) -> None:
+        """Stop listening, and let the requests that are being answered end, at most `seconds`."""
+        self._ending = True
+        if self._server is not None:
+            self._server.close()
+        busy = self._connections - self._waiting.keys()
+        if busy:
+            await asyncio.wait(busy, timeout=seconds)
 
     async def close(self) -> None:
         """Stop listening and end every connection."""
@@ -142,7 +152,7 @@ class WebServer:
             except TimeoutError:
                 writer.transport.abort()
                 return
-            if machine.our_state is not h11.DONE or machine.their_state is not h11.DONE:
+            if self._ending or machine.our_state is not h11.DONE or machine.their_state is not h11.DONE:
                 return
             machine.start_next_cycle()
 
