@@ -338,6 +338,48 @@ def test_a_later_add_comes_while_the_earlier_one_is_undone() -> None:
     run(body)
 
 
+def test_a_later_add_comes_while_the_pod_is_marked_after_the_undoing() -> None:
+    async def body(w: World) -> None:
+        w.effects.fail("pod", Step.ADD, Trouble("of the old sandbox"))
+        gate = w.effects.hold("pod", Step.PEND)
+        with pytest.raises(Trouble):
+            await w.add("pod")
+        await gate.entered.wait()
+        second = w.add("pod")
+        await quiet()
+        assert not second.done()
+        gate.open.set()
+        await second
+        await quiet()
+        assert now() < FIRST_DELAY_SECONDS / 2
+        assert at(w, "pod").actual.annotation is Annotation.ENABLED
+
+    run(body)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("step", STARTING[:3])
+def test_an_add_that_nobody_waits_for_any_more_is_undone(step: Step, paused: bool) -> None:
+    async def body(w: World) -> None:
+        w.records.paused = paused
+        gate = w.effects.hold("pod", step)
+        waiter = w.add("pod")
+        await gate.entered.wait()
+        record = at(w, "pod")
+        waiter.cancel()
+        record.waiter, record.undoing = None, True  # as agent.ambient gives up
+        w.records.wake(record)
+        gate.open.set()
+        await quiet()
+        looked = [] if paused else [Step.FIND_NETNS]  # for the sandbox that the runtime makes next
+        done = STARTING[: STARTING.index(step) + 1]
+        assert w.effects.of("pod") == [*done, *UNDONE[step], Step.PEND, *looked]
+        assert record.netns is None
+        assert not record.undoing
+
+    run(body)
+
+
 @pytest.mark.parametrize("step", [Step.RULES, Step.ADD, Step.ADDRESSES])
 def test_an_add_is_refused_when_the_agent_closes(step: Step) -> None:
     async def body(w: World) -> None:
