@@ -117,6 +117,7 @@ class Ambient:
         self._search, self._metrics, self._warn = search, metrics, warn
         self._backend = programmer.config.backend
         self._namespaces_known = self._adopted = False
+        self._withdrawn: dict[str, int] = {}  # by UID, in which version: until the informer shows that or a later one
         self._leaving = self._closed = False  # everything is being un-enrolled; all work has ended
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -292,7 +293,7 @@ class Ambient:
     def observe(self, pod: Pod) -> None:
         """Take in what the API server says of a pod."""
         record = self.records.get(pod.uid)
-        annotation = annotation_of(pod)
+        annotation = self._annotation(pod)
         addresses, malformed = pod_addresses(pod)
         verdict = decide(pod, self._namespaces.get("", pod.namespace), self.config.policy).verdict
         intent = Intent.LEAVE if self._leaving else self._intent(verdict, record, annotation)
@@ -314,6 +315,13 @@ class Ambient:
             record.actual = replace(record.actual, annotation=annotation)
         self._read_parameters(record)
         self.records.wake(record)
+
+    def _annotation(self, pod: Pod) -> Annotation:
+        """The pod's annotation; none where the informer shows it as it was before we took it away."""
+        if version_of(pod) < self._withdrawn.get(pod.uid, 0):
+            return Annotation.ABSENT
+        self._withdrawn.pop(pod.uid, None)
+        return annotation_of(pod)
 
     def _intent(self, verdict: Verdict, record: PodRecord | None, annotation: Annotation) -> Intent:
         """A pod that nothing is known about stays what it is."""
@@ -357,6 +365,7 @@ class Ambient:
 
     def gone(self, uid: str) -> None:
         """The pod is no more."""
+        self._withdrawn.pop(uid, None)
         record = self.records.get(uid)
         if record is not None:
             record.life, record.in_api = Life.ENDED, False
@@ -411,6 +420,8 @@ class Ambient:
             log.info("enrolled", extra=labels(pod=record.name, source=record.source, **phases))
 
     def _left(self, record: PodRecord) -> None:
+        if record.in_api and record.annotated_at:
+            self._withdrawn[record.uid] = record.annotated_at
         log.info("left the mesh", extra=labels(pod=record.name, uid=record.uid))
 
     def measure(self) -> None:

@@ -196,7 +196,7 @@ class Reconciler:
         while True:
             if record.life is Life.ENDED:
                 record.undoing = False  # what has ended leaves, which is more
-            self._answer_enrolled(record)
+            self._note_captured(record)
             if _lacks_parameters(record):
                 if not record.actual.enrolled:
                     await self._refuse_parameters(record)
@@ -216,14 +216,16 @@ class Reconciler:
                     await self._undone(record)
                 return
 
-    def _answer_enrolled(self, record: PodRecord) -> None:
-        """Tell the ADD that waits, if any, that its pod is enrolled, once it is."""
-        if record.undoing:
-            return
-        if record.life is Life.STARTING and record.actual.enrolled:
-            record.life = Life.RUNNING
-            _answer(record, None)
-        elif record.waiter is not None and record.actual.enrolled and is_captured(record.desired, self.actual(record)):
+    def _note_captured(self, record: PodRecord) -> None:
+        """From now on the pod may not be opened, and the ADD that waits, if any, is answered.
+
+        What was missing last need not have come by a step: a snapshot brings acknowledgements too.
+        """
+        wanted = record.intent is Intent.ENROLL and not record.undoing
+        if wanted and is_captured(record.desired, self.actual(record)):
+            record.actual = replace(record.actual, enrolled=True)
+            if record.life is Life.STARTING:
+                record.life = Life.RUNNING
             _answer(record, None)
 
     async def _refuse_parameters(self, record: PodRecord) -> None:

@@ -187,7 +187,11 @@ _ADDRESSES = Row(Step.ADDRESSES, lambda d, a: bool(d.addresses) and a.addresses 
 _ENABLE = Row(
     Step.ENABLE,
     lambda d, a: (
-        d.in_api and a.annotation is not Annotation.ENABLED and _has_rules(d, a) and a.enrolled and not _lacks_ack(d, a)
+        d.in_api
+        and a.annotation is not Annotation.ENABLED
+        and _has_rules(d, a)
+        and not _lacks_ack(d, a)
+        and (a.enrolled or is_captured(d, a))
     ),
 )
 _REMOVE_RULES = Row(Step.REMOVE_RULES, lambda d, a: a.touched and d.netns is not None)
@@ -195,11 +199,13 @@ _WITHDRAW = Row(Step.WITHDRAW, lambda d, a: d.in_api and a.annotation is not Ann
 _DEL = Row(Step.DEL, lambda _d, a: a.announced)
 _REMOVE_ADDRESSES = Row(Step.REMOVE_ADDRESSES, lambda _d, a: a.claimed or bool(a.addresses))
 
+_UNENABLE = Row(Step.PEND, lambda d, a: d.in_api and a.annotation is Annotation.ENABLED, gates=True)
+
 _LEAVE = (
     # One without an address cannot be found, and has no sandbox that works.
     Row(Step.FIND_NETNS, lambda d, a: a.touched and d.netns is None and bool(d.addresses), gates=True),
     Row(Step.RELEASE, lambda d, a: a.touched and not a.released and d.netns is not None, gates=True),
-    Row(Step.PEND, lambda d, a: d.in_api and a.annotation is Annotation.ENABLED, gates=True),
+    _UNENABLE,
     _DEL,
     replace(_REMOVE_RULES, gates=True),
     _WITHDRAW,
@@ -226,7 +232,7 @@ TABLES: Final[dict[tuple[Intent, Life], tuple[Row, ...]]] = {
 }
 UNDO: Final[dict[Life, tuple[Row, ...]]] = {
     Life.STARTING: (_REMOVE_RULES, _DEL, _REMOVE_ADDRESSES),  # the runtime gives the sandbox up, whatever stays in it
-    Life.RUNNING: (replace(_REMOVE_RULES, gates=True), _DEL, _REMOVE_ADDRESSES),
+    Life.RUNNING: (replace(_REMOVE_RULES, gates=True), _UNENABLE, _DEL, _REMOVE_ADDRESSES),
     Life.ENDED: _END,
 }
 
@@ -249,7 +255,7 @@ def next_row(
             return None  # the sandbox is still to come
         if row.step not in failed:
             return row
-        if row.gates:
+        if row.gates or undoes(row, actual):
             return None
     return None
 

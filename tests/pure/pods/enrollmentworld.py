@@ -13,6 +13,7 @@ from ipaddress import IPv4Address, IPv6Address
 from meshcni.pods.enrollment import Actual, Addresses, Annotation, Desired, Intent, Life, NetnsId, Step
 
 PARTLY = "partly removed"
+TAMPERED = "changed by somebody else"
 
 
 class Outcome(Enum):
@@ -122,10 +123,10 @@ class World:
         if step is Step.RULES and desired.life is Life.RUNNING and not actual.enrolled:
             assert actual.acked == desired.netns, "rules in a running pod that ztunnel does not serve"
         if step is Step.ADD and desired.life is Life.STARTING:
-            assert inside.rules == desired.rules, "ztunnel is told of a sandbox without rules"
+            assert inside.rules or actual.enrolled, "ztunnel is told of a sandbox without rules"
         if step is Step.ENABLE:
             assert actual.acked == desired.netns is not None, "annotated enabled without an acknowledgement"
-            assert inside.rules == desired.rules != "", "annotated enabled without rules"
+            assert inside.rules in {desired.rules, TAMPERED} - {""}, "annotated enabled without rules"
         if step is Step.RELEASE:
             assert desired.intent is Intent.LEAVE, "a pod that belongs is let go of"
         if step is Step.REMOVE_RULES and desired.life is Life.RUNNING and desired.intent is Intent.ENROLL:
@@ -133,8 +134,8 @@ class World:
             assert not inside.captured, "a pod that an earlier agent had enrolled is opened"
         if step is Step.DEL and desired.life is Life.RUNNING:
             assert not inside.rules, "rules lead to listeners that are closed"
-            unseen = desired.in_api and desired.intent is Intent.LEAVE and actual.annotation is Annotation.ENABLED
-            assert not unseen, "peers are not told that the listeners close"
+            unseen = desired.intent is Intent.LEAVE and actual.annotation is Annotation.ENABLED
+            assert not (unseen and desired.in_api and desired.netns), "peers are not told that the listeners close"
 
     def perform(self, step: Step, uid: str, desired: Desired, actual: Actual, outcome: Outcome) -> bool:
         """Do it, all or in part; False when it fails."""
@@ -153,12 +154,12 @@ class World:
                 return self._put_rules(inside, desired, actual, half)
             case Step.RELEASE:
                 inside.rules = PARTLY if half and inside.rules else ""
-                inside.rest, inside.captured = True, inside.captured and half
+                inside.rest, inside.captured = True, False
             case Step.REMOVE_RULES:
                 inside.rest = half and inside.rest
                 inside.rules = PARTLY if half and inside.rules else ""
                 inside.routes = half and inside.routes
-                inside.captured = inside.captured and half
+                inside.captured = False
             case Step.ADD:
                 assert desired.netns is not None
                 if self.newest is None:
