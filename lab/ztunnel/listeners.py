@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import itertools
 import os
+import random
 import socket
 import struct
 from collections.abc import Mapping
@@ -29,8 +31,11 @@ PORTS: Mapping[str, int] = {  # in the order in which they are opened, after DNS
     OUTBOUND: istio.ZTUNNEL_OUTBOUND_PORT,
 }
 WORDS = {errno.EADDRINUSE: "AddrInUse", errno.EADDRNOTAVAIL: "AddrNotAvailable", errno.EMFILE: "Too many open files"}
+SOURCE_PORTS = range(18000, 32000)  # below those that kernels give to clients (net.ipv4.ip_local_port_range)
 
 Address = tuple[str, int]
+
+_source_ports = itertools.cycle(random.sample(SOURCE_PORTS, len(SOURCE_PORTS)))
 
 
 def open_listeners(ipv6: bool) -> list[tuple[str, socket.socket]]:
@@ -95,13 +100,33 @@ def upstream_socket(destination: Address, source: str | None) -> socket.socket:
     made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         mark(made)
-        if source is not None:
+        if source is None:
+            made.bind(("", 0))
+        else:
             make_transparent(made)
-        made.bind((source or "", 0))
+            _bind_as(made, source)
     except OSError:
         made.close()
         raise
     return made
+
+
+def _bind_as(made: socket.socket, source: str) -> None:
+    """Take the client's address, and a port that no client has.
+
+    Otherwise the connection may be taken for one of the client's own to the same server, and both hang: about one time
+    in 28,000 for each of them that is open.
+    """
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    for _ in SOURCE_PORTS:
+        try:
+            made.bind((source, next(_source_ports)))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return
+    raise OSError(errno.EADDRINUSE, "no source port is free")
 
 
 def plain(address: str) -> str:
