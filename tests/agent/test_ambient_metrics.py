@@ -142,7 +142,7 @@ def test_pods_that_wait_are_counted(ambient: AmbientScene) -> None:
     wait_metric(agent, "istio_cni_ambient_not_desired", 1)
     assert state_count(agent, "pending") == 1
     wait_until("an error", lambda: "no ztunnel" in row_of(agent, pod)["lastError"])
-    assert row_of(agent, pod)["attempts"] >= 1
+    wait_until("an attempt to be counted", lambda: row_of(agent, pod)["attempts"] >= 1)
     ambient.ztunnel()
     wait_state(agent, pod, "enrolled")
     assert row_of(agent, pod)["lastError"] == ""
