@@ -199,11 +199,11 @@ class Mesh:
         annotations = self.api_object(pod).get("metadata", {}).get("annotations", {})
         return str(annotations.get(istio.AMBIENT_REDIRECTION, ""))
 
-    def start_ztunnel(self, name: str = "ztunnel") -> StandIn:
+    def start_ztunnel(self, name: str = "ztunnel", *arguments: str) -> StandIn:
         """Start the stand-in for ztunnel of that name, unless it runs, and wait until it is ready."""
         if name not in self.ztunnels:
             self.ztunnels[name] = StandIn(self.node, self.agent, name)
-        self.ztunnels[name].ensure()
+        self.ztunnels[name].ensure(*arguments)
         return self.ztunnels[name]
 
     def start_proxy(self, pod: RunningPod, mode: Mode | None = None) -> Envoy:

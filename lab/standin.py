@@ -55,10 +55,10 @@ class StandIn:
         if wait:
             self.wait_ready()
 
-    def ensure(self) -> None:
+    def ensure(self, *arguments: str) -> None:
         """Have it running."""
         if not self.is_running:
-            self.start()
+            self.start(*arguments)
 
     def wait_ready(self) -> None:
         """Return when it has its snapshot and serves every pod of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -191,6 +192,27 @@ def test_pods_of_a_labelled_namespace_are_in_unless_they_opt_out(running: Mesh) 
         {outsider.name: (0, 0), member.name: (1, 0)},
     )
     assert not traces(running, outsider)
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables-nft"])
+def test_ipv6_passes_by_where_it_is_switched_off(ambient: Mesh, backend: str) -> None:
+    """Pods have two addresses all the same; that of IPv6 is in no set and is not redirected to where nobody listens."""
+    mesh, options = ambient, BACKENDS[backend]
+    mesh.agent.ensure(replace(options, environment={**options.environment, "AMBIENT_IPV6": "false"}))
+    if "ztunnel" in mesh.ztunnels:
+        mesh.ztunnels["ztunnel"].terminate()
+    ztunnel = mesh.start_ztunnel("ztunnel-v4", "--ipv4-only")
+    first, second = start_ambient(mesh, f"old-first-{backend}", f"old-second-{backend}")
+    counted = Counted(ztunnel)
+    assert counted.connect(first, second, 4) == (first.address(4), {first.name: (0, 1), second.name: (1, 0)})
+    assert counted.connect(first, second, 6) == (first.address(6), {first.name: (0, 0), second.name: (0, 0)})
+    assert address_seen(mesh.node.netns, first.address(4), APP_PORT) == PROBE[4]
+    assert address_seen(mesh.node.netns, first.address(6), APP_PORT) == gateway(6)
+    assert set(host_set(mesh)) == {first.address(4), second.address(4)}
+    assert mesh.agent.status()["ambient"]["pods"][0]["state"] == "enrolled"
+    mesh.remove_pod(first)
+    mesh.label_pod(second, {MODE: None})
+    wait_left(mesh, [first, second])
 
 
 def test_the_hosts_network_is_left_alone(running: Mesh) -> None:
