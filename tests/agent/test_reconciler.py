@@ -134,6 +134,21 @@ def test_a_wake_does_not_wait_for_the_delay_and_takes_its_place() -> None:
     run(body)
 
 
+def test_a_delay_that_was_cut_short_is_not_served_too() -> None:
+    async def body(w: World) -> None:
+        record = await w.enrolled("pod")
+        record.wanted_rules = "rules-2"
+        w.effects.fail("pod", Step.RULES, Trouble("no"), Trouble("no"))
+        w.records.wake(record)
+        await quiet()
+        w.records.wake(record)
+        await asyncio.sleep(LONG_SECONDS)
+        _, second, third = w.effects.times("pod", Step.RULES)
+        assert third - second >= FIRST_DELAY_SECONDS  # half of the second delay, which is twice the first
+
+    run(body)
+
+
 def test_a_pod_that_is_as_it_should_be_costs_no_step() -> None:
     async def body(w: World) -> None:
         record = await w.enrolled("pod")
@@ -223,6 +238,20 @@ def test_an_add_does_not_wait_for_a_snapshot() -> None:
     async def body(w: World) -> None:
         w.link.settled = False
         await w.add("pod")
+
+    run(body)
+
+
+def test_neither_does_one_that_the_runtime_repeats_for_an_enrolled_pod() -> None:
+    async def body(w: World) -> None:
+        record = await w.enrolled("pod")
+        w.link.settled = False
+        w.link.inodes.clear()
+        record.actual = replace(record.actual, rules="")  # as agent.ambient does for the same netns
+        record.waiter = asyncio.get_running_loop().create_future()
+        w.records.wake(record)
+        await asyncio.gather(record.waiter)
+        assert w.effects.of("pod") == [Step.ADD, Step.RULES]
 
     run(body)
 
@@ -569,6 +598,21 @@ def test_people_hear_of_a_reason_once() -> None:
         w.records.wake(record)
         await asyncio.sleep(LONG_SECONDS)
         assert w.effects.told[2:] == [(Step.ENABLE, again)]
+
+    run(body)
+
+
+def test_a_reason_is_news_again_once_its_step_has_worked() -> None:
+    async def body(w: World) -> None:
+        record = await w.enrolled("pod")
+        record.addresses |= {ip_address("fd00::1")}
+        w.effects.fail("pod", Step.ADDRESSES, *[Trouble("always", "always")] * 99)  # so nothing is ever all right
+        for rules in ("rules-2", "rules-3"):
+            record.wanted_rules = rules
+            w.effects.fail("pod", Step.RULES, Trouble("no"), Trouble("no"))
+            w.records.wake(record)
+            await asyncio.sleep(MAX_DELAY_SECONDS * 4)
+        assert [step for step, _ in w.effects.told] == [Step.RULES, Step.ADDRESSES, Step.RULES]
 
     run(body)
 
