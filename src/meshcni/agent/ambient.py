@@ -11,11 +11,12 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Protocol
 
+from meshcni.agent import ambientreport
 from meshcni.agent import metrics as m
 from meshcni.agent.hostside import HostSide
 from meshcni.agent.logs import labels
@@ -26,7 +27,7 @@ from meshcni.agent.programming import Programmer
 from meshcni.agent.reconciler import EnrollmentError, Reconciler
 from meshcni.agent.steps import PatchesRedirection, StepParts, Steps, Warn, version_of, workload
 from meshcni.agent.verification import Verification
-from meshcni.agent.ztunnel import Meter, Workload, ZtunnelServer
+from meshcni.agent.ztunnel import Workload, ZtunnelServer
 from meshcni.errors import MeshCniError, PodSpecError
 from meshcni.kube.reducer import Change
 from meshcni.pods.ambient import AmbientParameters, derive_ambient
@@ -96,7 +97,9 @@ class Ambient:
     ) -> None:
         self.config = config
         self.host = host
-        self.ztunnel = ZtunnelServer(self._snapshot, on_change=self._ztunnel_changed, meter=_meter(metrics))
+        self.ztunnel = ZtunnelServer(
+            self._snapshot, on_change=self._ztunnel_changed, meter=ambientreport.zds_meter(metrics)
+        )
         parts = StepParts(
             programmer,
             search,
@@ -426,59 +429,11 @@ class Ambient:
 
     def measure(self) -> None:
         """Set the gauges."""
-        states = [self.state(record) for record in self.records]
-        for state in STATES:
-            self._metrics.set(m.AMBIENT_PODS, states.count(state), state=state)
-        self._metrics.set(m.AMBIENT_NOT_DESIRED, sum(not self.records.is_desired(record) for record in self.records))
-        self._metrics.set(m.AMBIENT_SET_ENTRIES, len(self.host.owners))
-
-    def state(self, record: PodRecord) -> str:
-        """One of STATES."""
-        if record.intent is Intent.LEAVE or record.life is Life.ENDED:
-            return "leaving"
-        if record.parameters_error is not None:
-            return "unknown"
-        known = record.actual.enrolled and record.actual.rules == record.wanted_rules
-        return "enrolled" if known and self.records.is_desired(record) else "pending"
+        ambientreport.measure(self._metrics, self.records, self.host)
 
     def status(self) -> dict[str, Any]:
         """What `install-cni status` shows."""
-        return {
-            "ztunnel": [asdict(connection) for connection in self.ztunnel.connections()],
-            "hostRules": self.host.trouble or "in place",
-            "setEntries": len(self.host.owners),
-            "pods": [self._pod_status(record) for record in sorted(self.records, key=lambda record: record.name)],
-        }
-
-    def _pod_status(self, record: PodRecord) -> Mapping[str, Any]:
-        actual = self.records.actual(record)
-        netns = record.netns
-        return {
-            "pod": record.name,
-            "uid": record.uid,
-            "state": self.state(record),
-            "annotation": actual.annotation.value,
-            "netnsInode": netns.id.inode if netns else None,
-            "rules": actual.rules,
-            "wantedRules": record.wanted_rules,
-            "ztunnelAcked": actual.acked is not None and netns is not None and actual.acked == netns.id,
-            "addresses": sorted(map(str, record.addresses)),
-            "inSet": sorted(map(str, actual.addresses)),
-            "source": record.source,
-            "attempts": record.attempts,
-            "lastError": str(record.parameters_error or record.error or ""),
-            "lastMended": "; ".join(record.healed),
-        }
-
-
-def _meter(metrics: Metrics) -> Meter:
-    return Meter(
-        connected=lambda count: metrics.set(m.ZTUNNEL_CONNECTED, count),
-        message=lambda kind, result: metrics.count(m.ZDS_MESSAGES, type=kind, result=result),
-        latency=lambda _kind, seconds: metrics.observe(m.ZDS_ACK, seconds),
-        closed=lambda cause: metrics.count(m.ZDS_CLOSED, cause=cause),
-        refused=lambda cause: metrics.count(m.REFUSED, socket="ztunnel", cause=cause),
-    )
+        return ambientreport.status(self.records, self.host, self.ztunnel)
 
 
 def _unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
@@ -491,5 +446,4 @@ def _succeeded(waiter: asyncio.Future[None]) -> bool:
     return waiter.done() and not waiter.cancelled() and waiter.exception() is None
 
 
-STATES = ("enrolled", "pending", "leaving", "unknown")
 EVENT_TYPES = {"added": "add", "modified": "update", "deleted": "delete"}
