@@ -319,6 +319,7 @@ class Reconciler:
     def _forget(self, record: PodRecord) -> None:
         if self._records.get(record.uid) is record:
             del self._records[record.uid]
+            self._woken.discard(record.uid)
         record.drop_netns()
         _answer(record, EnrollmentError(f"pod {record.name} left the mesh while it started"))
         self._on_left(record)

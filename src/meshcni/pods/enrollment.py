@@ -10,7 +10,8 @@ The order of the steps is the order in which no connection fails and nothing byp
   What fails there holds up the rest: a pod that cannot be let go of stays served.
 
 The annotation is also what a fresh agent knows of the work of an earlier one, so a pod that runs is marked as pending
-before anything is changed in it, and until nothing of ours is left in it.
+before anything is changed in it, and until nothing of ours is left in it. An API server that does not take the mark
+stops nothing: a fresh agent looks at whatever belongs.
 
 Pure: the agent performs the steps and reports what became of them.
 """
