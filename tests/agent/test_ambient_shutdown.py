@@ -300,6 +300,23 @@ def test_uninstall_without_an_agent_takes_everything(ambient: AmbientScene, ztun
     assert "Traceback" not in done.stderr
 
 
+def test_uninstall_finds_pods_that_are_not_annotated_yet(ambient: AmbientScene, ztunnel: Program) -> None:
+    """The agent died between rules and annotation: the host's set has the pod."""
+    agent = ambient.ready()
+    ambient.api.do(lambda server: server.fault("hang", method="PATCH", count=-1))
+    pod = ambient.new_pod()
+    assert add(agent, pod).ok
+    agent.process.kill()
+    agent.process.wait()
+    ambient.api.do(lambda server: server.clear_faults())
+    ambient.report_address(pod)
+    ambient.run_process(pod)
+    done = uninstall(ambient)
+    assert done.returncode == 0, done.stderr
+    left_the_mesh(ambient, pod)
+    assert is_clean(ambient)
+
+
 def test_uninstall_without_an_agent_and_without_pods(ambient: AmbientScene) -> None:
     done = uninstall(ambient)
     assert done.returncode == 0, done.stderr

@@ -301,10 +301,12 @@ class Ambient:
         verdict = decide(pod, self._namespaces.get("", pod.namespace), self.config.policy).verdict
         intent = Intent.LEAVE if self._leaving else self._intent(verdict, record, annotation)
         if record is None:
-            if annotation is Annotation.ABSENT and (intent is Intent.LEAVE or pod.has_terminated or not addresses):
+            claimed = self.host.addresses_of(pod.uid)  # an agent before us had come that far, whatever it annotated
+            is_out = intent is Intent.LEAVE or pod.has_terminated or not addresses
+            if annotation is Annotation.ABSENT and is_out and not claimed:
                 return  # nothing of ours, or its ADD is still to come
-            belongs = intent is Intent.ENROLL and not self._adopted  # an agent before us may have been at it
-            actual = replace(adopted(annotation, belongs=belongs), addresses=self.host.addresses_of(pod.uid))
+            belongs = bool(claimed) or (intent is Intent.ENROLL and not self._adopted)  # it may have been at work
+            actual = replace(adopted(annotation, belongs=belongs), addresses=claimed)
             record = PodRecord(pod, intent, "informer" if self._adopted else "start", actual=actual)
             self.records.put(record)
         record.pod, record.intent, record.in_api = pod, intent, True

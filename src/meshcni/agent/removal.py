@@ -66,7 +66,7 @@ async def remove_from_node(settings: Settings, node: str, *, purge: bool) -> Rem
             pods, unread, rest = (), (), error
         ambient = _ambient(settings, pods, api)
         try:
-            in_sets = await ambient.host.entries()
+            in_sets = ambient.host.owners = await ambient.host.entries()
             if rest is None:
                 left, rest = await _take_pods_out(ambient)
                 done += left
