@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from lab.apiserver.server import RequestRecord
 from lab.namespaces import call_in_netns
 from lab.objects import ambient_pod
 from lab.ztunnel.client import Program
-from tests.agent.scene import Agent, Scene, wait_until
+from tests.agent.scene import PATIENCE_SECONDS, Agent, Scene, wait_until
 from tests.kernel.processworlds import FileWorld, PodPaths
 from tests.kernel.world import Netns, state
 
@@ -30,6 +31,13 @@ from meshcni.protocols.podadd import AddReply
 
 NFT_TABLES = {"istio-ambient-nat", "istio-ambient-mangle", "istio-ambient-raw"}
 ZTUNNEL_WAIT = {"AMBIENT_ZTUNNEL_WAIT_SECONDS": "1"}
+VARIANTS: dict[str, dict[str, str]] = {
+    "nftables": {},
+    "nft": {"NATIVE_NFTABLES": "false", "FORCE_IPTABLES_BINARY": "nft"},
+    "legacy": {"NATIVE_NFTABLES": "false", "FORCE_IPTABLES_BINARY": "legacy"},
+}
+LISTS = ("/api/v1/pods", "/api/v1/namespaces")
+API_CONNECTIONS = 8  # that an agent keeps open, the more the more happened at once
 
 
 @dataclass
@@ -98,7 +106,36 @@ class AmbientScene:
         program.wait("its snapshot", lambda state: bool(state["snapshot"]))
         return program
 
+    def serving(self, ztunnel: Program, **environment: str) -> Agent:
+        """The agent, ready, with a ztunnel that has its snapshot."""
+        agent = self.ready(**environment)
+        ztunnel.wait("its snapshot", lambda state: bool(state["snapshot"]))
+        return agent
+
+    @contextmanager
+    def lists_refused(self, *paths: str) -> Iterator[None]:
+        """Lists of these paths fail, everything else is answered."""
+        for path in paths:
+            for watch in (False, True):
+                self.api.do(
+                    lambda server, path=path, watch=watch: server.fault(
+                        "status", prefix=path, method="GET", watch=watch, status=500, count=-1
+                    )
+                )
+        yield
+        self.api.do(lambda server: server.clear_faults())
+
     # --- pods ---------------------------------------------------------------------------------------------------------
+
+    def enrolled_pods(self, count: int, ztunnel: Program) -> list[AmbientPod]:
+        """Pods that an agent enrolled before it was killed."""
+        first = self.serving(ztunnel)
+        pods = [self.running_pod(f"cart-{number}") for number in range(count)]
+        for pod in pods:
+            wait_state(first, pod, "enrolled")
+            self.wait_annotation(pod, "enabled")
+        first.kill()
+        return pods
 
     def new_pod(self, name: str = "cart", namespace: str = "shop", *, known: bool = True, **fields: Any) -> AmbientPod:
         """A pod whose sandbox is being made: no address in the API yet. `known` False: the API has not heard of it."""
@@ -246,6 +283,16 @@ def wait_state(agent: Agent, pod: AmbientPod, wanted: str) -> Mapping[str, Any]:
     return row_of(agent, pod)
 
 
+def wait_reason(agent: Agent, part: str) -> None:
+    """Wait for a reason not to be ready."""
+
+    def has_it() -> bool:
+        status, body = agent.get(istio.READY_PATH)
+        return status == 503 and part in body
+
+    wait_until(f"the reason {part!r}", has_it)
+
+
 def wait_metric(agent: Agent, name: str, value: float) -> None:
     """Wait for a series to have a value."""
     wait_until(f"{name} to be {value:g}", lambda: agent.metrics().get(name, 0.0) == value)
@@ -254,6 +301,27 @@ def wait_metric(agent: Agent, name: str, value: float) -> None:
 def lines_of(agent: Agent, *parts: str) -> list[str]:
     """The lines of its log that contain all parts."""
     return [line for line in agent.log.splitlines() if all(part in line for part in parts)]
+
+
+# --- what the stand-in was told ---------------------------------------------------------------------------------------
+
+
+def told(ztunnel: Program, *kinds: str) -> list[dict[str, Any]]:
+    """Its records of these kinds; whatever it has answered is among them."""
+    ztunnel.state()  # an answer is recorded before this one is given
+    return [one for one in ztunnel.records() if one["event"] in kinds]
+
+
+def records_of(ztunnel: Program, pod: AmbientPod, *kinds: str) -> list[dict[str, Any]]:
+    """Those about a pod."""
+    return [one for one in told(ztunnel, *kinds) if one["uid"] == pod.uid]
+
+
+def announced(ztunnel: Program, pod: AmbientPod) -> list[dict[str, Any]]:
+    """The Adds of a pod: one, and another one in the snapshot when ztunnel connects just then."""
+    found = wait_until(f"an Add of {pod.name}", lambda: records_of(ztunnel, pod, "add"))
+    assert len(found) <= 2
+    return found
 
 
 # --- the socket of the original's plugin ------------------------------------------------------------------------------
@@ -310,6 +378,14 @@ def push(scene: Scene, pod: AmbientPod, **changes: Any) -> Answer:
 
 
 # --- what is in a netns -----------------------------------------------------------------------------------------------
+
+
+def wait_unchanged(pod: AmbientPod, before: str) -> None:
+    """Wait until its netns is as `everything_in` said before."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while (now := everything_in(pod)) != before:
+        assert time.monotonic() < end, now
+        time.sleep(0.05)
 
 
 def shell_in(netns: str, *command: str) -> str:

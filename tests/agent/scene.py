@@ -167,6 +167,11 @@ class Agent:
         self.process.send_signal(number)
         return self.process.wait(PATIENCE_SECONDS)
 
+    def kill(self) -> None:
+        """End it without giving it a chance to do anything."""
+        self.process.kill()
+        self.process.wait()
+
 
 class Scene:
     """Directories, API double and netns of one node; agents are started in it and ended with it."""

@@ -41,15 +41,8 @@ def requests_answered(status: int) -> str:
 
 
 @pytest.fixture
-def ztunnel(ambient: AmbientScene) -> Program:
-    return ambient.ztunnel()
-
-
-@pytest.fixture
 def agent(ambient: AmbientScene, ztunnel: Program) -> Agent:
-    started = ambient.ready()
-    ztunnel.wait("its snapshot", lambda state: bool(state["snapshot"]))
-    return started
+    return ambient.serving(ztunnel)
 
 
 def send(ambient: AmbientScene, body: bytes, **options: Any) -> Any:

@@ -53,15 +53,8 @@ def state_count(agent: Agent, state: str) -> float:
 
 
 @pytest.fixture
-def ztunnel(ambient: AmbientScene) -> Program:
-    return ambient.ztunnel()
-
-
-@pytest.fixture
 def agent(ambient: AmbientScene, ztunnel: Program) -> Agent:
-    started = ambient.ready()
-    ztunnel.wait("its snapshot", lambda state: bool(state["snapshot"]))
-    return started
+    return ambient.serving(ztunnel)
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -251,8 +244,7 @@ def test_restart_says_one_line_however_many_pods_there_are(ambient: AmbientScene
     for pod in pods:
         wait_state(agent, pod, "enrolled")
         ambient.wait_annotation(pod, "enabled")
-    agent.process.kill()
-    agent.process.wait()
+    agent.kill()
     second = ambient.ready()
     for pod in pods:
         wait_state(second, pod, "enrolled")

@@ -10,6 +10,7 @@ import pytest
 from lab.objects import daemonset_object
 from lab.ztunnel.client import Program
 from tests.agent.ambientscene import (
+    VARIANTS,
     ZTUNNEL_WAIT,
     AmbientPod,
     AmbientScene,
@@ -24,7 +25,7 @@ from tests.agent.scene import NODE, Agent, request_for, wait_until
 from meshcni import istio
 from meshcni.protocols.podadd import decode_reply, encode_request
 
-BACKENDS = {"nftables": {}, "nft": {"NATIVE_NFTABLES": "false", "FORCE_IPTABLES_BINARY": "nft"}}
+BACKENDS = {name: VARIANTS[name] for name in ("nftables", "nft")}
 UNENROLL = {"AMBIENT_UNENROLL_ON_UNINSTALL": "true"}
 
 
@@ -94,8 +95,7 @@ def test_killed_agent_leaves_everything_too(ambient: AmbientScene) -> None:
     agent = ambient.ready()
     pod = enrolled(ambient, agent)
     in_pod, on_host = everything_in(pod), host_of(ambient)
-    agent.process.kill()
-    agent.process.wait()
+    agent.kill()
     assert (everything_in(pod), host_of(ambient), ambient.annotation(pod)) == (in_pod, on_host, "enabled")
 
 
@@ -210,11 +210,6 @@ def test_cluster_that_was_never_read_keeps_no_conf_on_the_node(ambient: AmbientS
 # --- install-cni uninstall, by the agent ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def ztunnel(ambient: AmbientScene) -> Program:
-    return ambient.ztunnel()
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_uninstall_by_the_agent_takes_everything(ambient: AmbientScene, ztunnel: Program, backend: str) -> None:
     agent = ambient.ready(**BACKENDS[backend])
@@ -278,8 +273,7 @@ def abandoned(ambient: AmbientScene, **environment: str) -> list[AmbientPod]:
     """Pods of an agent that was killed and does not come back."""
     agent = ambient.ready(**environment)
     pods = [enrolled(ambient, agent, f"cart-{number}") for number in range(2)]
-    agent.process.kill()
-    agent.process.wait()
+    agent.kill()
     return pods
 
 
@@ -306,8 +300,7 @@ def test_uninstall_finds_pods_that_are_not_annotated_yet(ambient: AmbientScene, 
     ambient.api.do(lambda server: server.fault("hang", method="PATCH", count=-1))
     pod = ambient.new_pod()
     assert add(agent, pod).ok
-    agent.process.kill()
-    agent.process.wait()
+    agent.kill()
     ambient.api.do(lambda server: server.clear_faults())
     ambient.report_address(pod)
     ambient.run_process(pod)
@@ -351,8 +344,7 @@ def test_pods_that_stay_are_named_when_nobody_can_be_asked(ambient: AmbientScene
 
 def test_nobody_to_ask_and_nobody_to_ask_for(ambient: AmbientScene) -> None:
     agent = ambient.ready()
-    agent.process.kill()
-    agent.process.wait()
+    agent.kill()
     ambient.api.crash()
     done = uninstall(ambient)
     assert done.returncode == 0, done.stderr
