@@ -96,9 +96,9 @@ class Steps:
         await self._work[step](record)
 
     async def failed(self, step: Step, record: PodRecord, error: MeshCniError) -> None:
-        """Say it in the log and on the pod."""
-        self._parts.metrics.count(m.ERRORS, error=type(error).__name__)
-        if record.waiter is None:  # an ADD has a line of its own
+        """Count it, say it in the log and on the pod; an ADD that waits does all of that itself."""
+        if record.waiter is None:
+            self._parts.metrics.count(m.ERRORS, error=type(error).__name__)
             log.warning(
                 "%s",
                 str(error)[:MAX_LOGGED_CHARACTERS],
