@@ -229,7 +229,7 @@ class Agent:
         except OSError as error:
             raise SettingError(
                 f"cannot listen on {path}: {error}",
-                "its directory (--cni-agent-run-dir, --ztunnel-uds-address) must be writable and its SELinux label allow sockets",
+                "its directory (--cni-agent-run-dir, --ztunnel-uds-address) must be writable, and SELinux allow it",
             ) from None
 
     # --- ending -------------------------------------------------------------------------------------------------------
