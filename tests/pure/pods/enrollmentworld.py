@@ -90,6 +90,8 @@ class World:
         self.held: dict[IPv4Address | IPv6Address, str] = {}  # the host's set
         self.api: dict[str, ApiPod] = {}
         self.steps: list[tuple[str, Step]] = []
+        self.running: dict[str, NetnsId] = {}  # pods whose processes can be found
+        self.unmarked: set[NetnsId] = set()  # where an agent could not annotate the pod, or not tell
         self._inode = 0
 
     def new_netns(self) -> NetnsId:
@@ -119,7 +121,8 @@ class World:
 
     def begin(self, step: Step, uid: str, desired: Desired, actual: Actual) -> None:
         """Check that `step` may be begun; `actual` is what the agent believes, the acknowledgement included."""
-        inside = self.netns.get(desired.netns, Inside()) if desired.netns else Inside()
+        inside = self.netns[desired.netns] if desired.netns else Inside()
+        runs_in = self.netns[self.running[uid]] if uid in self.running else Inside()
         if step is Step.RULES and desired.life is Life.RUNNING and not actual.enrolled:
             assert actual.acked == desired.netns, "rules in a running pod that ztunnel does not serve"
         if step is Step.ADD and desired.life is Life.STARTING:
@@ -134,12 +137,19 @@ class World:
             assert not inside.captured, "a pod that an earlier agent had enrolled is opened"
         if step is Step.DEL and desired.life is Life.RUNNING:
             assert not inside.rules, "rules lead to listeners that are closed"
+            assert desired.netns or not runs_in.captured, "rules that nobody has looked for lead to closed listeners"
             unseen = desired.intent is Intent.LEAVE and actual.annotation is Annotation.ENABLED
             assert not (unseen and desired.in_api and desired.netns), "peers are not told that the listeners close"
+
+        if step is Step.WITHDRAW and desired.life is Life.RUNNING and desired.intent is Intent.LEAVE:
+            left = inside.rules or inside.routes or inside.rest
+            assert not left, "what is left is not to be known of any more"
 
     def perform(self, step: Step, uid: str, desired: Desired, actual: Actual, outcome: Outcome) -> bool:
         """Do it, all or in part; False when it fails."""
         self.steps.append((uid, step))
+        if step in (Step.PEND, Step.WITHDRAW) and outcome is not Outcome.OK and desired.netns:
+            self.unmarked.add(desired.netns)
         if outcome is not Outcome.REFUSED:
             done = self._do(step, uid, desired, actual, outcome is Outcome.HALF)
             return done and outcome is Outcome.OK
@@ -153,8 +163,8 @@ class World:
             case Step.RULES:
                 return self._put_rules(inside, desired, actual, half)
             case Step.RELEASE:
+                inside.rest, inside.captured = inside.rest or inside.rules != "", False
                 inside.rules = PARTLY if half and inside.rules else ""
-                inside.rest, inside.captured = True, False
             case Step.REMOVE_RULES:
                 inside.rest = half and inside.rest
                 inside.rules = PARTLY if half and inside.rules else ""

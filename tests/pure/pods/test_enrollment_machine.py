@@ -289,7 +289,7 @@ class Scenario:
         self.agent = Agent(self.world, "rules-1", self.answers)
         self.sandbox: NetnsId | None = None
         self.in_sandbox: Addresses = frozenset()  # what the runtime gave it
-        self.visible = False  # its processes can be found
+        self.by_add: NetnsId | None = None  # the sandbox that an ADD was answered for
         self.made_by_add = False  # the runtime waits for an answer
         self.news: list[ApiPod | None] = []  # what the informer has still to tell; None: deleted
         self.traceless: NetnsId | None = None
@@ -306,8 +306,19 @@ class Scenario:
         pod = self.pod
         return pod if pod and pod.belongs and not pod.terminated and not self.made_by_add else None
 
+    @property
+    def visible(self) -> bool:
+        """Whether its processes can be found."""
+        return UID in self.world.running
+
+    @visible.setter
+    def visible(self, is_it: bool) -> None:
+        self.world.running.pop(UID, None)
+        if is_it and self.sandbox:
+            self.world.running[UID] = self.sandbox
+
     def find(self) -> NetnsId | None:
-        return self.sandbox if self.visible else None
+        return self.world.running.get(UID)
 
     def new_addresses(self, count: int) -> Addresses:
         self.number += 10
@@ -418,7 +429,7 @@ class Scenario:
             self.sandbox = None
             return
         assert self.sandbox is not None
-        self.visible = True
+        self.visible, self.by_add = True, self.sandbox
         if self.pod and not self.pod.terminated:
             self.change(addresses=self.in_sandbox)
 
@@ -478,11 +489,12 @@ class Scenario:
         self.agent.starting = False
         if self.agent.record is None:
             self.world.take_addresses(UID)  # no pod that is known: the adoption of the set drops them
-            # What no agent can know: one died between its answer to an ADD and the annotation, and then the pod's
-            # label went away before the next one came.
-            self.traceless = self.find()
-            if self.traceless:
-                self.world.netns[self.traceless].captured = False
+            # What no agent can know: one died between its answer to an ADD and the annotation, or could not annotate,
+            # and then the pod's label went away before the next one came.
+            found = self.find()
+            if found and (found == self.by_add or found in self.world.unmarked):
+                self.traceless = found
+                self.world.netns[found].captured = False
 
     # --- work ---------------------------------------------------------------------------------------------------------
 
