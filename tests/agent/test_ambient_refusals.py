@@ -15,6 +15,7 @@ from tests.agent.ambientscene import (
     announced,
     everything_in,
     is_captured,
+    lines_of,
     records_of,
     row_of,
     wait_state,
@@ -23,6 +24,7 @@ from tests.agent.ambientscene import (
 from tests.agent.scene import Agent, wait_until
 
 from meshcni import istio
+from meshcni.errors import AgentUnavailableError
 from meshcni.protocols.podadd import AddReply
 
 HALF_DONE_AT_MOST = (None, "pending")
@@ -191,6 +193,48 @@ def test_corrected_annotation_lets_the_pod_in(ambient: AmbientScene, agent: Agen
     ambient.api.do(lambda server: server.patch("pods", pod.namespace, pod.name, patch))
     wait_state(agent, pod, "pending")
     assert add(agent, ambient.new_sandbox(pod)).ok
+
+
+# --- too few descriptors ----------------------------------------------------------------------------------------------
+
+
+def with_descriptors(ambient: AmbientScene, soft: int, hard: int) -> None:
+    """Let agents of the scene have that many open files."""
+    ambient.scene.program = ("prlimit", f"--nofile={soft}:{hard}", *ambient.scene.program)
+
+
+def test_agent_takes_all_the_descriptors_it_may_have(ambient: AmbientScene, ztunnel: Program) -> None:
+    """Container runtimes give 1,024 at first, and a node may have 250 pods."""
+    with_descriptors(ambient, 64, 4096)
+    agent = ambient.serving(ztunnel)
+    with ThreadPoolExecutor(40) as threads:
+        replies = list(threads.map(lambda pod: add(agent, pod), ambient.many_pods(80)))
+    assert all(reply.ok for reply in replies)
+
+
+def test_pods_are_refused_when_there_are_none_left(ambient: AmbientScene, ztunnel: Program) -> None:
+    """libnftables would end the whole process."""
+    with_descriptors(ambient, 100, 100)
+    agent = ambient.serving(ztunnel)
+    assert lines_of(agent, "\twarn\t", "at most 100 files")
+    pods = ambient.many_pods(100)
+    with ThreadPoolExecutor(40) as threads:
+        replies = list(threads.map(lambda pod: add(agent, pod), pods))
+    refused = [reply for reply in replies if not reply.ok]
+    assert refused
+    assert agent.process.poll() is None
+    assert "Traceback" not in agent.log
+    for pod in pods:
+        ambient.delete(pod)
+
+    def forgotten() -> bool:
+        try:
+            return agent.status()["ambient"]["pods"] == []
+        except AgentUnavailableError:  # no descriptor for us either
+            return False
+
+    wait_until("the agent to forget them", forgotten)
+    assert add(agent, ambient.new_pod("next")).ok
 
 
 # --- what the API server knows ----------------------------------------------------------------------------------------

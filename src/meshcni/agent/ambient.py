@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from meshcni.agent.steps import PatchesRedirection, StepParts, Steps, Warn, vers
 from meshcni.agent.verification import Verification
 from meshcni.agent.ztunnel import Workload, ZtunnelServer
 from meshcni.errors import MeshCniError, PodSpecError
+from meshcni.host.netns import copy_netns
 from meshcni.kube.reducer import Change
 from meshcni.pods.ambient import AmbientParameters, derive_ambient
 from meshcni.pods.ambientsettings import refuse_sandboxed
@@ -242,7 +242,7 @@ class Ambient:
         self._read_parameters(record)
         if record.parameters_error is not None:
             raise record.parameters_error
-        self._enter_sandbox(record, Netns(os.dup(netns_fd), netns_name), frozenset(map(_unmapped, addresses)))
+        self._enter_sandbox(record, Netns(copy_netns(netns_fd), netns_name), frozenset(map(_unmapped, addresses)))
         waiter = record.waiter = asyncio.get_running_loop().create_future()
         self.records.wake(record)
         try:

@@ -20,7 +20,7 @@ from meshcni.agent.podadds import Addresses
 from meshcni.errors import MeshCniError
 from meshcni.host.backends.detection import VariantChoice, choose_variant, legacy_rules_here
 from meshcni.host.backends.iptables import find_tools
-from meshcni.host.netns import call_in_netns, open_netns, run_in_netns
+from meshcni.host.netns import call_in_netns, copy_netns, open_netns, run_in_netns
 from meshcni.host.procfs import boot_id
 from meshcni.host.redirection import Applied, FamilyPolicy, apply_sidecar
 from meshcni.pods.interception import Interception
@@ -104,7 +104,7 @@ class Programmer:
 
         What is not `urgent`, such as looking after pods that run, takes turns, so that an ADD never waits behind it.
         """
-        own_fd = os.dup(netns_fd)  # now: who called may close his while we wait
+        own_fd = copy_netns(netns_fd)  # now: who called may close his while we wait
         task: asyncio.Task[T] = asyncio.get_running_loop().create_task(self._alone(own_fd, work, urgent))
         self._working[task] = self._clock()
         task.add_done_callback(self._working.pop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 from collections.abc import Sequence
 
 from meshcni.agent import logs
@@ -14,6 +15,9 @@ from meshcni.errors import SettingError, UsageError
 from meshcni.pflag import parse
 
 log = logging.getLogger(__name__)
+
+DESCRIPTORS = 65536
+ENOUGH_DESCRIPTORS = 4096  # for 500 ambient pods, and for all of them to start at once
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -30,12 +34,23 @@ def run(arguments: Sequence[str]) -> int:
     for shown in show(settings):
         if shown.origin != "default":
             log.info("setting %s=%s", shown.row.name, shown.value, extra=logs.labels(origin=shown.origin))
+    _raise_descriptor_limit()
     from meshcni.agent.app import Agent  # the heavy part, after errors in settings have been told
 
     async def live() -> int:
         return await Agent(settings, plugin_log_level).run()
 
     return asyncio.run(live())
+
+
+def _raise_descriptor_limit() -> None:
+    """Take as many open files as we may: an ambient pod keeps one, an ADD under way has six, runtimes allow 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < ENOUGH_DESCRIPTORS:
+        log.warning("at most %d files can be open; raise the hard limit of the container to %d", hard, DESCRIPTORS)
 
 
 def _configure_logging(settings: Settings) -> str:

@@ -16,7 +16,7 @@ from meshcni.agent.netnssearch import NetnsNotFoundError, NetnsSearch
 from meshcni.agent.podrecord import Netns, PodRecord
 from meshcni.agent.programming import Programmer
 from meshcni.agent.ztunnel import Workload, ZtunnelServer
-from meshcni.errors import KubeError, MeshCniError, NetnsError
+from meshcni.errors import ApplyError, KubeError, MeshCniError, NetnsError
 from meshcni.host.ambient import apply_pod, prepare_routes, release_pod, remove_pod, verify_pod
 from meshcni.host.backends.detection import VariantChoice
 from meshcni.host.netns import facts
@@ -93,7 +93,10 @@ class Steps:
 
     async def perform(self, step: Step, record: PodRecord) -> None:
         """Do one step. Raises MeshCniError."""
-        await self._work[step](record)
+        try:
+            await self._work[step](record)
+        except OSError as error:  # such as a limit that is reached
+            raise ApplyError(f"step {step.value} failed: {error}") from error
 
     async def failed(self, step: Step, record: PodRecord, error: MeshCniError) -> None:
         """Count it, say it in the log and on the pod; an ADD that waits does all of that itself."""

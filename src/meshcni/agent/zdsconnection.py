@@ -16,9 +16,10 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from meshcni.agent.logs import labels
-from meshcni.agent.zdsrecords import ConnectionStatus, Meter, Pending, Workload, add_of, copy_of, failure
+from meshcni.agent.zdsrecords import ConnectionStatus, Meter, Pending, Workload, add_of, failure
 from meshcni.agent.zdssnapshot import Snapshot, without_netns
 from meshcni.errors import NetnsError, ProtocolError, ZtunnelError
+from meshcni.host.netns import copy_netns
 from meshcni.host.sockets import Peer, receive_now
 from meshcni.protocols.zds import MAX_READ_BYTES, Add, Delete, Request, SnapshotSent
 from meshcni.protocols.zdslink import GREETED, TIMED, Cause, Close, Greet, Link, Output, Resolve, Result, Send, State
@@ -114,7 +115,7 @@ class Connection:
         """
         if workload.netns is None:
             raise NetnsError(f"the network namespace of pod {workload.namespace}/{workload.name} is not known")
-        netns = copy_of(workload.netns)
+        netns = copy_netns(workload.netns)
         return self._queue(Pending(add_of(workload), self._loop.create_future(), netns, workload.inode))
 
     def delete(self, uid: str) -> asyncio.Future[None]:

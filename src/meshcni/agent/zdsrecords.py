@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from meshcni.errors import MeshCniError, NetnsError, ZtunnelError
+from meshcni.errors import MeshCniError, ZtunnelError
 from meshcni.protocols.zds import Add, Delete, Keep, Request, SnapshotSent
 from meshcni.protocols.zdslink import Result
 
@@ -105,14 +105,6 @@ class Pending:
 def add_of(workload: Workload) -> Add:
     """The request that says who the pod is."""
     return Add(workload.uid, workload.name, workload.namespace, workload.service_account)
-
-
-def copy_of(netns: int) -> int:
-    """A copy of the descriptor of a pod's netns. Raises NetnsError when there can be none."""
-    try:
-        return os.dup(netns)
-    except OSError as error:
-        raise NetnsError(f"the descriptor of the pod's network namespace cannot be copied: {error}") from None
 
 
 def failure(whom: str, pending: Pending, result: Result, text: str, deadline_seconds: float) -> ZtunnelError:

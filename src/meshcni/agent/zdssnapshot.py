@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from meshcni.agent.zdsrecords import Pending, Workload, add_of, copy_of
+from meshcni.agent.zdsrecords import Pending, Workload, add_of
 from meshcni.errors import NetnsError
+from meshcni.host.netns import copy_netns
 from meshcni.protocols.zds import Add, Keep, SnapshotSent
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def _named(entry: Workload) -> Pending:
     """Add with a copy of the descriptor, Keep where there is none: every pod must be named."""
     if entry.netns is not None:
         try:
-            return Pending(add_of(entry), None, copy_of(entry.netns), entry.inode)
+            return Pending(add_of(entry), None, copy_netns(entry.netns), entry.inode)
         except NetnsError as error:
             log.warning("ztunnel gets no netns for pod %s/%s: %s", entry.namespace, entry.name, error)
     return Pending(Keep(entry.uid))

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from errno import ENOTTY
+from errno import EMFILE, ENOTTY
 from fcntl import ioctl
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import TypeVar
@@ -49,6 +49,17 @@ def open_netns(path: str) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def copy_netns(fd: int) -> int:
+    """Return a copy of the descriptor `fd` of a network namespace, which the caller owns. Raises NetnsError."""
+    try:
+        return os.dup(fd)
+    except OSError as error:
+        raise NetnsError(
+            f"the descriptor of the pod's network namespace cannot be copied: {error.strerror}",
+            "raise the limit of open files" if error.errno == EMFILE else "is the pod still there?",
+        ) from None
 
 
 def check_netns(fd: int, name: str) -> None:
@@ -197,10 +208,10 @@ async def run_in_netns(fd: int, function: Callable[[], T]) -> T:
             pass  # the loop was closed meanwhile: nobody waits any more
 
     try:
-        own_fd = os.dup(fd)
-    except OSError as error:
+        own_fd = copy_netns(fd)
+    except NetnsError:
         slots.release()
-        raise NetnsError(f"the pod's network namespace is gone: {error}") from None
+        raise
     try:
         _thread.start_new_thread(work, (own_fd,))  # nobody joins it, so the event loop need not wait for its start
     except RuntimeError as error:

@@ -11,11 +11,13 @@ import re
 import socket
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Protocol
 
 from meshcni.errors import ApplyError
 
 NETLINK_NETFILTER = 12  # linux/netlink.h
+SPARE_SOCKETS = 8
 _TABLE = re.compile(r"^table (\S+) (\S+) \{")
 _CHAIN = re.compile(r"^\tchain (\S+) \{")
 _one_at_a_time = threading.Lock()
@@ -49,9 +51,15 @@ def _new_context() -> Context:
 
 
 def _check_socket() -> None:
-    """libnftables ends the whole process when it gets no netfilter socket, so ask for one first."""
+    """libnftables ends the whole process when it gets no netfilter socket, so ask for one first.
+
+    For more than one: near the limit of descriptors other threads take some in between.
+    """
+    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
     try:
-        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER).close()
+        with ExitStack() as taken:
+            for _ in range(SPARE_SOCKETS):
+                taken.enter_context(socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER))
     except OSError as error:
         raise NftUnavailableError(
             f"no netfilter socket: {error}", "the kernel lacks nf_tables, or the descriptor limit is reached"
