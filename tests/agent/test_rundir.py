@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from tests.agent.scene import Scene, wait_until
 
 from meshcni import istio
 from meshcni.agent.rundir import SocketLostError, SocketPaths, rotate
-from meshcni.host.sockets import listen_seqpacket
+from meshcni.host.sockets import listen_seqpacket, listen_stream
 
 
 def test_a_path_that_is_gone_is_said_and_fatal(tmp_path: Path) -> None:
@@ -31,6 +33,29 @@ def test_a_path_that_another_process_took_is_said_and_left_to_it(tmp_path: Path)
         paths.add(path)
         with listen_seqpacket(path):
             assert paths.reasons() == (f"another process serves {path}",)
+            paths.check()
+
+
+@pytest.mark.parametrize("listen", [listen_seqpacket, listen_stream])
+def test_a_path_that_another_process_took_and_left_is_fatal(
+    tmp_path: Path, listen: Callable[[Path], socket.socket]
+) -> None:
+    path, paths = tmp_path / "agent.sock", SocketPaths()
+    with listen_seqpacket(path):
+        paths.add(path)
+        listen(path).close()
+        with pytest.raises(SocketLostError, match="left behind"):
+            paths.check()
+
+
+def test_a_path_at_which_a_call_means_something_is_not_called(tmp_path: Path) -> None:
+    path, paths = tmp_path / "ztunnel.sock", SocketPaths()
+    with listen_seqpacket(path):
+        paths.add(path, callable_by_us=False)
+        listen_seqpacket(path).close()
+        paths.check()
+        path.unlink()
+        with pytest.raises(SocketLostError, match="was removed"):
             paths.check()
 
 
@@ -95,6 +120,20 @@ def test_two_agents_on_one_node_do_not_undo_each_other(scene: Scene) -> None:
     assert older.log.count(f"wrote {kubeconfig}") == 1
     assert older.stop() == 0
     assert newer.get(istio.READY_PATH, 8001)[0] == 200
+
+
+def test_agent_takes_the_node_back_when_its_successor_is_gone(scene: Scene) -> None:
+    """It ends, and the kubelet starts it anew: a rollout that fails must not leave the node without an agent."""
+    older = scene.start()
+    older.wait_ready()
+    newer = scene.start(HEALTH_PORT="8001", MONITORING_PORT="15015")
+    wait_until("the newer agent to be ready", lambda: newer.get(istio.READY_PATH, 8001)[0] == 200)
+    assert older.process.poll() is None
+    newer.kill()
+    wait_until("its end", lambda: older.process.poll() is not None)
+    assert older.process.returncode == 1
+    assert "left behind by another agent" in older.log
+    scene.start().wait_ready()
 
 
 def test_nothing_is_written_after_the_signal(scene: Scene) -> None:

@@ -144,7 +144,7 @@ class Agent:
         self._spawn("add-server", self.add_server.run(agent_socket))
         await self._serve_unix(run_dir)
         if self.ambient is not None:
-            ztunnel_socket = self._socket(listen_seqpacket, Path(settings.ztunnel_uds_address))
+            ztunnel_socket = self._socket(listen_seqpacket, Path(settings.ztunnel_uds_address), callable_by_us=False)
             self._spawn("ztunnel", self.ambient.ztunnel.run(ztunnel_socket))
             self._spawn("ambient", self.ambient.run())
         await self._serve_tcp()
@@ -221,10 +221,12 @@ class Agent:
         await server.start(listener)
         self._servers.append(server)
 
-    def _socket(self, listen: Callable[[Path], socket.socket], path: Path) -> socket.socket:
+    def _socket(
+        self, listen: Callable[[Path], socket.socket], path: Path, *, callable_by_us: bool = True
+    ) -> socket.socket:
         try:
             listener = listen(path)
-            self.sockets.add(path)
+            self.sockets.add(path, callable_by_us=callable_by_us)
             return listener
         except OSError as error:
             raise SettingError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 from pathlib import Path
 
 from meshcni.errors import MeshCniError
@@ -21,10 +23,13 @@ class SocketPaths:
 
     def __init__(self) -> None:
         self._made: dict[Path, tuple[int, int]] = {}
+        self._not_to_call: set[Path] = set()
 
-    def add(self, path: Path) -> None:
-        """Remember what stands at `path`, which was bound just now."""
+    def add(self, path: Path, *, callable_by_us: bool = True) -> None:
+        """Remember what stands at `path`, which was bound just now; see `check` for `callable_by_us`."""
         self._made[path] = _identity(path)
+        if not callable_by_us:
+            self._not_to_call.add(path)
 
     def reasons(self) -> tuple[str, ...]:
         """Why plugins do not reach us; empty when they do."""
@@ -40,10 +45,16 @@ class SocketPaths:
         return any(_identity(path) not in (ABSENT, made) for path, made in self._made.items())
 
     def check(self) -> None:
-        """Raise SocketLostError when a path is gone. One that another process took is left to it: a newer agent."""
-        for path in self._made:
-            if _identity(path) == ABSENT:
+        """Raise SocketLostError when a path is gone. One that another process took is left to it: a newer agent.
+
+        Unless that one is gone, too: then nobody answers a call there. A call at ztunnel's path would count as ztunnel.
+        """
+        for path, made in self._made.items():
+            now = _identity(path)
+            if now == ABSENT:
                 raise SocketLostError(f"{path} was removed", "what cleans that directory up must leave it alone")
+            if now != made and path not in self._not_to_call and not _is_served(path):
+                raise SocketLostError(f"{path} was left behind by another agent", "a rollout that failed on this node?")
 
 
 ABSENT = (0, 0)
@@ -55,6 +66,12 @@ def _identity(path: Path) -> tuple[int, int]:
     except OSError:
         return ABSENT
     return found.st_dev, found.st_ino
+
+
+def _is_served(path: Path) -> bool:
+    """Whether any process listens there, on a socket of whatever kind."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT)
 
 
 def rotate(path: Path, limit_bytes: int = MAX_PLUGIN_LOG_BYTES) -> bool:
