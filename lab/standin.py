@@ -39,7 +39,7 @@ class StandIn:
         """Start it; with `wait` return when it has its snapshot."""
         if self.is_running:
             raise LabError(f"{self.name} runs already")
-        self.node.run(["sh", "-c", f"ip netns list | grep -qw {self.name} || ip netns add {self.name}"])
+        self.node.run(["sh", "-c", f"test -e /run/netns/{self.name} || ip netns add {self.name}"])
         self._control.unlink(missing_ok=True)
         names = [part for name, address in DNS_NAMES.items() for part in ("--name", f"{name}={address}")]
         line = command(
