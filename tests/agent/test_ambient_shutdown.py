@@ -78,7 +78,7 @@ def test_everything_stays_while_the_daemonset_is_there(
 ) -> None:
     with_daemonset(ambient)
     ztunnel = ambient.ztunnel()
-    agent = ambient.ready(**BACKENDS[backend], **UNENROLL)
+    agent = ambient.serving(ztunnel, **BACKENDS[backend], **UNENROLL)
     pod = enrolled(ambient, agent)
     in_pod, on_host = everything_in(pod), host_of(ambient)
     assert agent.stop(number) == 0
@@ -91,8 +91,7 @@ def test_everything_stays_while_the_daemonset_is_there(
 
 
 def test_killed_agent_leaves_everything_too(ambient: AmbientScene) -> None:
-    ambient.ztunnel()
-    agent = ambient.ready()
+    agent = ambient.serving(ambient.ztunnel())
     pod = enrolled(ambient, agent)
     in_pod, on_host = everything_in(pod), host_of(ambient)
     agent.kill()
@@ -100,8 +99,7 @@ def test_killed_agent_leaves_everything_too(ambient: AmbientScene) -> None:
 
 
 def test_cluster_that_does_not_answer_keeps_everything(ambient: AmbientScene) -> None:
-    ambient.ztunnel()
-    agent = ambient.ready(**UNENROLL)
+    agent = ambient.serving(ambient.ztunnel(), **UNENROLL)
     pod = enrolled(ambient, agent)
     on_host = host_of(ambient)
     ambient.api.crash()
@@ -150,7 +148,7 @@ def test_pod_that_waits_for_ztunnel_does_not_keep_the_agent(ambient: AmbientScen
 def test_uninstall_takes_the_hosts_part_and_leaves_the_pods(ambient: AmbientScene, backend: str) -> None:
     """As the original: whoever uninstalls un-labels first, or sets AMBIENT_UNENROLL_ON_UNINSTALL."""
     ztunnel = ambient.ztunnel()
-    agent = ambient.ready(**BACKENDS[backend])
+    agent = ambient.serving(ztunnel, **BACKENDS[backend])
     pod = enrolled(ambient, agent)
     in_pod = everything_in(pod)
     assert agent.stop() == 0, agent.log
@@ -164,7 +162,7 @@ def test_uninstall_takes_the_hosts_part_and_leaves_the_pods(ambient: AmbientScen
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_uninstall_can_take_the_pods_out(ambient: AmbientScene, backend: str) -> None:
     ztunnel = ambient.ztunnel()
-    agent = ambient.ready(**BACKENDS[backend], **UNENROLL)
+    agent = ambient.serving(ztunnel, **BACKENDS[backend], **UNENROLL)
     pods = [enrolled(ambient, agent, f"cart-{number}") for number in range(3)]
     assert agent.stop() == 0, agent.log
     for pod in pods:
