@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Protocol
@@ -22,13 +22,15 @@ from meshcni.agent.logs import labels
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.netnssearch import NetnsSearch
 from meshcni.agent.podrecord import Netns, PodRecord
+from meshcni.agent.podrules import PodRules
 from meshcni.agent.programming import Programmer
 from meshcni.agent.reconciler import EnrollmentError, Reconciler
 from meshcni.agent.steps import PatchesRedirection, StepParts, Steps, Warn, version_of, workload
 from meshcni.agent.verification import Verification
 from meshcni.agent.ztunnel import Workload, ZtunnelServer
 from meshcni.errors import MeshCniError, PodSpecError
-from meshcni.host.netns import copy_netns
+from meshcni.host import ambient as host_ambient
+from meshcni.host.netns import NetnsFacts, copy_netns, facts
 from meshcni.kube.reducer import Change
 from meshcni.pods.ambient import AmbientParameters, derive_ambient
 from meshcni.pods.ambientsettings import refuse_sandboxed
@@ -94,6 +96,8 @@ class Ambient:
         api: PatchesRedirection,
         warn: Warn,
         metrics: Metrics,
+        rules: PodRules = host_ambient,
+        facts: Callable[[], NetnsFacts] = facts,
     ) -> None:
         self.config = config
         self.host = host
@@ -110,6 +114,8 @@ class Ambient:
             metrics,
             config.families,
             config.ztunnel_wait_seconds,
+            rules,
+            facts,
         )
         self.steps = Steps(parts, lambda: list(self.records))
         self.records = Reconciler(self.ztunnel, self.steps, on_desired=self._became_desired, on_left=self._left)
@@ -319,6 +325,8 @@ class Ambient:
         if version_of(pod) >= record.annotated_at:
             record.actual = replace(record.actual, annotation=annotation)
         self._read_parameters(record)
+        if record.parameters_error is not None and annotation is Annotation.ABSENT and not record.actual.enrolled:
+            record.actual = replace(record.actual, announced=False)  # refused: ztunnel need not hear of it
         self.records.wake(record)
 
     def _annotation(self, pod: Pod) -> Annotation:

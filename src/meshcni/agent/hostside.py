@@ -129,6 +129,11 @@ class HostSide:
             return  # the set is adopted later, without what no pod claims
         await self._delete(uid, [address for address, owner in self.owners.items() if owner == uid])
 
+    def lacks(self, addresses: Collection[Address]) -> bool:
+        """Whether one of them that belongs into the set is nobody's: its last owner has left, and was not the only."""
+        versions = {family.value for family in self.config.families}
+        return any(address.version in versions and address not in self.owners for address in addresses)
+
     def addresses_of(self, uid: str) -> frozenset[Address]:
         """The addresses that are the pod's."""
         return frozenset(address for address, owner in self.owners.items() if owner == uid)

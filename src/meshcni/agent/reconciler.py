@@ -198,10 +198,9 @@ class Reconciler:
                 record.undoing = False  # what has ended leaves, which is more
             self._note_captured(record)
             if _lacks_parameters(record):
+                await self._refuse_parameters(record)
                 if not record.actual.enrolled:
-                    await self._refuse_parameters(record)
                     return
-                record.failed.add(Step.RULES)
             row = next_row(
                 record.desired,
                 self.actual(record),
@@ -229,12 +228,11 @@ class Reconciler:
             _answer(record, None)
 
     async def _refuse_parameters(self, record: PodRecord) -> None:
-        """An annotation makes no rules: nothing is begun, and people are told once."""
-        error = record.parameters_error
+        """An annotation makes no rules: a new pod gets nothing, an enrolled one all but rules; people are told once."""
+        error = record.error = record.parameters_error
         assert error is not None
-        if record.error is not error:
-            record.error = error
-            await self._effects.failed(Step.RULES, record, error)
+        record.failed.add(Step.RULES)
+        await self._tell(Step.RULES, record, error)
         _answer(record, error)
 
     async def _step(self, record: PodRecord, row: Row) -> None:
@@ -261,18 +259,21 @@ class Reconciler:
         record.actual = after(step, desired, self.actual(record))
 
     async def _failed(self, record: PodRecord, row: Row, error: MeshCniError) -> None:
-        """Decide what the failure of a step means, and tell people unless they know."""
+        """Decide what the failure of a step means."""
         if record.undoing or not undoes(row, record.actual):
             record.failed.add(row.step)
         else:
             record.undoing, record.error = True, error
+            record.failed.clear()
         if record.error is None or not record.undoing:  # else what is undone is what people should hear of
             record.error = error
-        reason = _reason(error)
-        is_new = record.reasons.get(row.step) != reason
-        record.reasons[row.step] = reason
-        if is_new:
-            await self._effects.failed(row.step, record, error)
+        await self._tell(row.step, record, error)
+
+    async def _tell(self, step: Step, record: PodRecord, error: MeshCniError) -> None:
+        """Tell people what failed, unless they know."""
+        known, record.reasons[step] = record.reasons.get(step), _reason(error)
+        if known != record.reasons[step]:
+            await self._effects.failed(step, record, error)
 
     async def _undone(self, record: PodRecord) -> None:
         """All that could be taken back is; who waits is refused, and people see that the pod is on its way."""

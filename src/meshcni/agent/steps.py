@@ -14,12 +14,13 @@ from meshcni.agent.logs import labels
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.netnssearch import NetnsNotFoundError, NetnsSearch
 from meshcni.agent.podrecord import Netns, PodRecord
+from meshcni.agent.podrules import PodRules
 from meshcni.agent.programming import Programmer
 from meshcni.agent.ztunnel import Workload, ZtunnelServer
 from meshcni.errors import ApplyError, KubeError, MeshCniError, NetnsError
-from meshcni.host.ambient import apply_pod, prepare_routes, release_pod, remove_pod, verify_pod
+from meshcni.host import ambient as host_ambient
 from meshcni.host.backends.detection import VariantChoice
-from meshcni.host.netns import facts
+from meshcni.host.netns import NetnsFacts, facts
 from meshcni.pods.ambient import AmbientParameters
 from meshcni.pods.enrollment import Annotation, Intent, Step, seen
 from meshcni.pods.model import Pod
@@ -67,6 +68,8 @@ class StepParts:
     metrics: Metrics
     families: frozenset[Family]
     ztunnel_wait_seconds: float
+    rules: PodRules = host_ambient
+    facts: Callable[[], NetnsFacts] = facts
 
 
 class Steps:
@@ -148,7 +151,7 @@ class Steps:
             record.actual = seen(desired, record.actual)
 
     async def _put_routes(self, record: PodRecord) -> None:
-        await self._in_netns(record, lambda _choice: prepare_routes(self._parts.families))
+        await self._in_netns(record, lambda _choice: self._parts.rules.prepare_routes(self._parts.families))
 
     async def _put_rules(self, record: PodRecord) -> None:
         if record.parameters is None:
@@ -163,18 +166,18 @@ class Steps:
         self, record: PodRecord, parameters: AmbientParameters, healing: bool
     ) -> Callable[[VariantChoice | None], tuple[str, ...]]:
         """What runs in the netns: a pod that is enrolled is looked at first, so that it can be told what was wrong."""
-        config, families = self._parts.programmer.config, self._parts.families
+        config, families, rules = self._parts.programmer.config, self._parts.families, self._parts.rules
         expected = tuple(record.addresses)
 
         def work(choice: VariantChoice | None) -> tuple[str, ...]:
             drift: tuple[str, ...] = ()
             if healing:
-                drift = verify_pod(
+                drift = rules.verify_pod(
                     parameters, families, config.backend, force_iptables=config.forced_variant, choice=choice
                 )
                 if not drift:
                     return ()
-            apply_pod(
+            rules.apply_pod(
                 parameters,
                 families,
                 config.backend,
@@ -189,25 +192,27 @@ class Steps:
 
     async def verify_rules(self, record: PodRecord) -> tuple[str, ...]:
         """How the pod's netns differs from what it should hold, in words. Raises MeshCniError."""
-        parameters, config, families = record.parameters, self._parts.programmer.config, self._parts.families
+        parts, parameters, config = self._parts, record.parameters, self._parts.programmer.config
         if parameters is None:
             return ()
         has_addresses = bool(record.addresses)
 
         def work(choice: VariantChoice | None) -> tuple[str, ...]:
-            if has_addresses and not facts().addresses:
+            if has_addresses and not parts.facts().addresses:
                 raise SandboxGoneError(f"the network namespace of pod {record.name} has no address any more")
-            return verify_pod(parameters, families, config.backend, force_iptables=config.forced_variant, choice=choice)
+            return parts.rules.verify_pod(
+                parameters, parts.families, config.backend, force_iptables=config.forced_variant, choice=choice
+            )
 
         return await self._in_netns(record, work)
 
     async def _release(self, record: PodRecord) -> None:
-        await self._in_netns(record, lambda _choice: release_pod())
+        await self._in_netns(record, lambda _choice: self._parts.rules.release_pod())
 
     async def _remove_rules(self, record: PodRecord) -> None:
         if record.actual.released:
             await asyncio.sleep(LINGER_SECONDS)
-        await self._in_netns(record, lambda _choice: remove_pod())
+        await self._in_netns(record, lambda _choice: self._parts.rules.remove_pod())
 
     async def _in_netns(self, record: PodRecord, work: Callable[[VariantChoice | None], T]) -> T:
         if record.netns is None:

@@ -96,6 +96,8 @@ class Verification:
         for record in running:
             await asyncio.sleep(spread_seconds / len(running))
             await self._check_rules(record)
+            if self._host.lacks(record.actual.addresses):
+                record.actual = replace(record.actual, addresses=frozenset(), claimed=True)
         self._records.wake_all()  # ztunnel's side and the addresses are compared there
         self._metrics.observe(m.AMBIENT_VERIFICATION, time.monotonic() - begin)
 
@@ -125,6 +127,7 @@ class Verification:
                 said = f"its sandbox was made anew without us (netns inode {known.id.inode}, now {netns.id.inode})"
                 record.leave_sandbox(by_add=False)
                 self._steps.settle_in(record, netns)
+                record.edited = True  # that its rules are missing there is no news of its own
                 await self._steps.say_healed(record, "netns", (said,))
             self._records.wake(record)
 
