@@ -153,6 +153,8 @@ def test_an_ambient_pods_parameters_with_their_origin_and_its_rules(run: Run) ->
     assert told(run, pod, env, "--ipv6=false", "--dns=false")["parameters"]["dnsCapture"]["origin"] == "flag --dns"
 
 
+LEAVES_PENDING = ["find-netns", "release", "ztunnel-del", "remove-rules", "remove-annotation", "remove-addresses"]
+LEAVES_ENABLED = [*LEAVES_PENDING[:2], "annotate-pending", *LEAVES_PENDING[2:]]
 NEXT: dict[str, tuple[dict[str, Any], dict[str, str], str, list[str]]] = {
     "to be made": (
         ambient_pod(phase="Pending"),
@@ -164,7 +166,7 @@ NEXT: dict[str, tuple[dict[str, Any], dict[str, str], str, list[str]]] = {
         ambient_pod("10.0.0.1", **{REDIRECTION: "pending"}),
         NO_POD,
         "Annotated pending and not selected any more: ",
-        ["find-netns", "remove-rules", "remove-annotation", "ztunnel-del", "remove-addresses"],
+        LEAVES_PENDING,
     ),
     "enrolled": (
         ambient_pod("10.0.0.1", **{REDIRECTION: "enabled"}),
@@ -182,7 +184,7 @@ NEXT: dict[str, tuple[dict[str, Any], dict[str, str], str, list[str]]] = {
         ambient_pod("10.0.0.1", spec={"hostNetwork": True}, **{REDIRECTION: "enabled"}),
         EVERY_POD,
         "Annotated enabled and not selected any more: ",
-        ["find-netns", "remove-rules", "remove-annotation", "ztunnel-del", "remove-addresses"],
+        LEAVES_ENABLED,
     ),
     "ambient mode is off": (
         ambient_pod("10.0.0.1", **{REDIRECTION: "enabled"}),
