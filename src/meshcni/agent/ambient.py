@@ -44,6 +44,7 @@ from meshcni.rules.plan import digest
 log = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 45.0  # for all pods of the node to be un-enrolled
+CLAIM_SECONDS = 10.0  # until entries of pods that are no more are looked for again
 STAYS_HINT = "they stay captured until they end; delete them, or uninstall again when the cause is gone"
 Addresses = Collection[IPv4Address | IPv6Address]
 
@@ -212,10 +213,14 @@ class Ambient:
     async def _adopt_addresses(self) -> None:
         if not self.host.owners:
             await self.host.ready.wait()
-        await self._claim_addresses()
+        while True:
+            if await self._claim_addresses():
+                break
+            await asyncio.sleep(CLAIM_SECONDS)
         self.records.wake_all()
 
-    async def _claim_addresses(self) -> None:
+    async def _claim_addresses(self) -> bool:
+        """Adopt the set's entries; tells whether that worked."""
         known = [record for record in self.records if record.life is not Life.ENDED]
         staying = [record for record in known if record.intent is Intent.ENROLL]
         enrolled = [record for record in staying if record.actual.enrolled]
@@ -224,10 +229,11 @@ class Ambient:
             complete = all(record.addresses for record in staying)
             await self.host.adopt(claims, {record.uid for record in known}, complete=complete)
         except (MeshCniError, OSError) as error:
-            log.error("the set of probed addresses: %s", error)  # the workers put each pod's in
-            return
+            log.error("the set of probed addresses: %s", error)  # the workers put each pod's in meanwhile
+            return False
         for record in enrolled:
             record.actual = replace(record.actual, addresses=self.host.addresses_of(record.uid))
+        return True
 
     # --- what others tell ---------------------------------------------------------------------------------------------
 

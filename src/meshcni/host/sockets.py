@@ -82,9 +82,18 @@ def peer_credentials(connection: socket.socket) -> Peer:
 
 
 async def accept(listener: socket.socket) -> socket.socket:
-    """Wait for the next connection; it is non-blocking and closed on exec."""
-    connection, _ = await asyncio.get_running_loop().sock_accept(listener)
-    return connection
+    """Wait for the next connection of a non-blocking listener; it is non-blocking and closed on exec.
+
+    asyncio's own `sock_accept` loses the connection that comes in the moment in which the wait is cancelled.
+    """
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except BlockingIOError:
+            await _readable(listener)
+        else:
+            connection.setblocking(False)
+            return connection
 
 
 async def receive_message(connection: socket.socket, limit: int) -> Message | None:
