@@ -246,6 +246,8 @@ class Inner:
         inode = os.fstat(netns_fd).st_ino
         async with self._alone.setdefault(inode, asyncio.Lock()):
             await asyncio.sleep(self._node.netns_seconds)
+            if inode in self._node.stuck:
+                await self._node.stuck[inode].wait()
             self._here = self._node.inside[inode]
             return work(None)
 
@@ -346,6 +348,7 @@ class Node:
         self.events: list[tuple[str, str, str]] = []
         self.patches: list[tuple[str, str | None]] = []
         self.netns_seconds = 0.001
+        self.stuck: dict[int, asyncio.Event] = {}  # namespaces in which nothing ends before its event
         self.accident: Callable[[str, Inside | None], None] = lambda what, inside: None
         self.api_trouble: KubeError | None = None
         self.ztunnels: list[Ztunnel] = []
