@@ -118,7 +118,6 @@ def enrolment(mesh: Mesh, backend: Backend) -> list[Row]:
     longest = max(len(line.encode()) for line in lines)
     return [
         ratio(f"{what}: CPU with agent", add.cpu, hand.cpu, MAX_RATIO, by_hand),
-        ratio(f"{what}: wall", add.wall, hand.wall, MAX_RATIO, by_hand),
         Row(
             f"{what}: processes besides the plugin",
             len(executed) / TRACED,
