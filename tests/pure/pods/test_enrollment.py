@@ -446,6 +446,17 @@ def test_addresses_that_are_being_changed_are_not_known(step: Step) -> None:
     assert play(RUNNING, begun(step, IN_PLACE)) == [Step.ADDRESSES]
 
 
+def test_what_was_let_go_of_may_be_opened_until_rules_are_in_again() -> None:
+    let_go = after(Step.RELEASE, LEAVING, IN_PLACE)
+    assert (let_go.released, let_go.enrolled) == (True, False)
+    assert not begun(Step.RULES, let_go).released, "it may capture again, so leaving has to let go of it again"
+    assert after(Step.RULES, RUNNING, let_go) == IN_PLACE
+
+
+def test_addresses_that_are_in_are_all_there_is() -> None:
+    assert after(Step.ADDRESSES, RUNNING, begun(Step.ADDRESSES, IN_PLACE)) == IN_PLACE
+
+
 def test_a_sandbox_by_an_add_knows_nothing_of_the_one_before() -> None:
     fresh = in_new_sandbox(replace(IN_PLACE, released=True, unseen=True), by_add=True)
     kept = Actual(acked=HERE, announced=True, addresses=FIRST, annotation=Annotation.ENABLED)
