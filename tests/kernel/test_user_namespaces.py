@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ def shifted_pod() -> Iterator[Netns]:
 
 
 def test_rules_are_applied_and_repeated(variant: str, shifted_pod: Netns) -> None:
+    gc.collect()  # what earlier tests left must not go in between
     before = len(os.listdir("/proc/self/fd"))
     check_pod_netns(shifted_pod.fd)
 
