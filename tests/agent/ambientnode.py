@@ -463,6 +463,15 @@ class Node:
         for change in self.namespace_informer.store.put(Parsed(("", name), name, namespace)):
             self.agent.namespace_changed(change)
 
+    async def get_pod(self, namespace: str, name: str) -> Pod:
+        """See steps.PatchesRedirection."""
+        if self.api_trouble is not None:
+            raise self.api_trouble
+        pod = self.pods.get((namespace, name))
+        if pod is None:
+            raise KubeError(404, f"pods {name!r} not found")
+        return pod
+
     async def patch_redirection(self, namespace: str, name: str, uid: str, value: str | None) -> Pod:
         """See steps.PatchesRedirection."""
         self.patches.append((name, value))

@@ -147,6 +147,33 @@ def test_an_add_is_served_before_the_cluster_is_read(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
+def test_a_pod_that_the_watch_never_shows_is_asked_for(tmp_path: Path) -> None:
+    """A watch that stands still proves nothing: only the API server's word ends a pod that an ADD made known."""
+
+    async def body(node: Node) -> None:
+        node.start_agent()
+        node.ztunnel()
+        await settle()
+        node.watches = False
+        node.pod("cart")
+        sandbox = node.sandbox("10.0.0.1")
+        await node.add("cart", sandbox)
+        record = node.agent.records.get("uid-cart")
+        assert record is not None
+        record.started_at -= 100  # long ago
+        node.api_trouble = KubeError(0, "no answer")
+        await settle(LONG_SECONDS)
+        assert sandbox.inside.opened == 0
+        node.api_trouble = None
+        await settle(LONG_SECONDS)
+        assert node.is_enrolled("cart", sandbox)
+        node.delete("cart")
+        await settle(LONG_SECONDS)
+        assert node.agent.records.get("uid-cart") is None
+
+    run(tmp_path, body)
+
+
 def test_one_add_that_hangs_delays_no_other(tmp_path: Path) -> None:
     async def body(node: Node) -> None:
         node.start_agent()

@@ -28,7 +28,7 @@ from meshcni.agent.reconciler import EnrollmentError, Reconciler
 from meshcni.agent.steps import PatchesRedirection, StepParts, Steps, Warn, version_of, workload
 from meshcni.agent.verification import Verification
 from meshcni.agent.ztunnel import Workload, ZtunnelServer
-from meshcni.errors import MeshCniError, PodSpecError
+from meshcni.errors import KubeError, MeshCniError, PodSpecError
 from meshcni.host import ambient as host_ambient
 from meshcni.host.netns import NetnsFacts, copy_netns, facts
 from meshcni.kube.reducer import Change
@@ -121,11 +121,19 @@ class Ambient:
         self.steps = Steps(parts, lambda: list(self.records))
         self.records = Reconciler(self.ztunnel, self.steps, on_desired=self._became_desired, on_left=self._left)
         self.verification = Verification(
-            self.records, self.steps, search, host, metrics, config.verify_seconds, known_uids=self._known_uids
+            self.records,
+            self.steps,
+            search,
+            host,
+            metrics,
+            config.verify_seconds,
+            known_uids=self._known_uids,
+            is_deleted=self._is_deleted,
         )
         self._pods, self._namespaces = pods, namespaces
         self._search, self._metrics, self._warn = search, metrics, warn
         self._backend = programmer.config.backend
+        self._api = api
         self._namespaces_known = self._adopted = False
         self._withdrawn: dict[str, int] = {}  # by UID, in which version: until the informer shows that or a later one
         self._leaving = self._closed = False  # everything is being un-enrolled; all work has ended
@@ -389,6 +397,16 @@ class Ambient:
         if record is not None:
             record.life, record.in_api = Life.ENDED, False
             self.records.wake(record)
+
+    async def _is_deleted(self, record: PodRecord) -> bool:
+        """Whether the API server says that the pod is no more; a watch that stands still proves nothing."""
+        try:
+            pod = await self._api.get_pod(record.pod.namespace, record.pod.name)
+        except KubeError as error:
+            return error.status == 404
+        except PodSpecError:
+            return False
+        return pod.uid != record.uid
 
     def _known_uids(self) -> set[str]:
         """The pods that the informer has; one that an ADD made known may be deleted before the informer sees it."""

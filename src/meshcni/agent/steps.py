@@ -51,6 +51,9 @@ class SandboxGoneError(NetnsError):
 class PatchesRedirection(Protocol):
     """What is needed of the API client."""
 
+    async def get_pod(self, namespace: str, name: str) -> Pod:
+        """One pod."""
+
     async def patch_redirection(self, namespace: str, name: str, uid: str, value: str | None) -> Pod:
         """Set or (None) remove the annotation; returns the new object."""
 

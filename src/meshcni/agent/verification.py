@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 
 from meshcni.agent import metrics as m
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 SPREAD = 0.5  # the part of an interval over which a round is spread
 JITTER = 0.2  # of the interval
-UNKNOWN_SECONDS = 60.0  # after which a pod that the informer never showed counts as deleted
+UNKNOWN_SECONDS = 60.0  # after which a pod that the informer never showed is asked for: was it deleted?
 
 
 class Verification:
@@ -43,6 +43,7 @@ class Verification:
         seconds: float,
         *,
         known_uids: Callable[[], Collection[str]],
+        is_deleted: Callable[[PodRecord], Awaitable[bool]],
     ) -> None:
         self._records = records
         self._steps = steps
@@ -51,6 +52,7 @@ class Verification:
         self._metrics = metrics
         self._seconds = seconds
         self._known_uids = known_uids
+        self._is_deleted = is_deleted
         self._hurry = asyncio.Event()
         self._suspects: set[str] = set()
 
@@ -89,7 +91,8 @@ class Verification:
         await self._check_host()
         known = self._known_uids()
         for record in self._records:
-            if record.uid not in known and time.monotonic() - record.started_at > UNKNOWN_SECONDS:
+            is_unknown = record.uid not in known and time.monotonic() - record.started_at > UNKNOWN_SECONDS
+            if is_unknown and await self._is_deleted(record):
                 record.life, record.in_api = Life.ENDED, False
         running = [record for record in self._records if record.life is Life.RUNNING]
         await self._check_netns([record for record in running if record.addresses])
