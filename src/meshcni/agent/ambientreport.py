@@ -32,7 +32,7 @@ def status(records: Reconciler, host: HostSide, ztunnel: ZtunnelServer) -> dict[
         "ztunnel": [asdict(connection) for connection in ztunnel.connections()],
         "hostRules": host.trouble or "in place",
         "setEntries": len(host.owners),
-        "pods": [_pod(record, records) for record in sorted(records, key=lambda record: record.name)],
+        "pods": [pod_status(record, records) for record in sorted(records, key=lambda record: record.name)],
     }
 
 
@@ -46,7 +46,8 @@ def state_of(record: PodRecord, records: Reconciler) -> str:
     return "enrolled" if known and records.is_desired(record) else "pending"
 
 
-def _pod(record: PodRecord, records: Reconciler) -> Mapping[str, Any]:
+def pod_status(record: PodRecord, records: Reconciler) -> Mapping[str, Any]:
+    """One pod in the status document."""
     actual = records.actual(record)
     netns = record.netns
     return {

@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from meshcni.agent.ambient import Ambient
+from meshcni.agent.ambientreport import pod_status
 from meshcni.agent.podrecord import PodRecord
+from meshcni.agent.reconciler import Reconciler
 from meshcni.agent.zdsrecords import ConnectionStatus
 from meshcni.cli.control import AgentFailedError
 from meshcni.cli.statustext import as_text
@@ -141,8 +142,6 @@ def test_a_document_of_another_release_is_told_from_a_fault(ambient: Any) -> Non
 
 def test_the_fields_are_those_that_an_agent_tells() -> None:
     record = PodRecord(Pod("shop", "cart", "u1"), Intent.ENROLL, "add")
-    known = SimpleNamespace(
-        records=SimpleNamespace(actual=lambda record: record.actual), state=lambda _record: "pending"
-    )
-    assert set(Ambient._pod_status(cast(Ambient, known), record)) == set(POD)
+    records = SimpleNamespace(actual=lambda record: record.actual, is_desired=lambda _record: False)
+    assert set(pod_status(record, cast(Reconciler, records))) == set(POD)
     assert {one.name for one in fields(ConnectionStatus)} == set(LINK)
