@@ -162,12 +162,16 @@ def test_a_pod_that_the_watch_never_shows_is_asked_for(tmp_path: Path) -> None:
         assert record is not None
         record.started_at -= 100  # long ago
         node.api_trouble = KubeError(0, "no answer")
+        await node.agent.verification.round(0.0)
         await settle(LONG_SECONDS)
         assert sandbox.inside.opened == 0
         node.api_trouble = None
         await settle(LONG_SECONDS)
+        await node.agent.verification.round(0.0)
+        await settle(LONG_SECONDS)
         assert node.is_enrolled("cart", sandbox)
         node.delete("cart")
+        await node.agent.verification.round(0.0)
         await settle(LONG_SECONDS)
         assert node.agent.records.get("uid-cart") is None
 
