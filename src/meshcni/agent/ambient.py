@@ -131,7 +131,7 @@ class Ambient:
             is_deleted=self._is_deleted,
         )
         self._pods, self._namespaces = pods, namespaces
-        self._search, self._metrics, self._warn = search, metrics, warn
+        self._search, self._metrics = search, metrics
         self._backend = programmer.config.backend
         self._api = api
         self._namespaces_known = self._adopted = False
