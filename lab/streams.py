@@ -6,6 +6,8 @@ connection without a record has gone past it.
 
 from __future__ import annotations
 
+import itertools
+import random
 import socket
 import threading
 import time
@@ -19,7 +21,13 @@ from lab.traffic import Peer, ask
 
 PAUSE_SECONDS = 0.003
 STOP_SECONDS = 15.0
+# A connection that was open when the last rules of a netns went stays in conntrack's table, where nothing tracks it to
+# its end: a new one from the same port goes the way that it went. So no port is used twice, nor one of the stand-in.
+CLIENT_PORTS = range(33000, 60000)
 RECORD_SECONDS = 15.0  # a port is used again; a record that is older than so long is another connection's
+
+
+_client_ports = itertools.cycle(random.sample(CLIENT_PORTS, len(CLIENT_PORTS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,9 @@ class _Client:
     def _connect(self) -> socket.socket:
         made = socket.socket(namespaces.family_of(self.address), socket.SOCK_STREAM)
         made.settimeout(self.timeout_seconds)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
+            made.bind(("", next(_client_ports)))
             made.connect((self.address, self.port))
         except BaseException:
             made.close()

@@ -100,11 +100,9 @@ def upstream_socket(destination: Address, source: str | None) -> socket.socket:
     made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         mark(made)
-        if source is None:
-            made.bind(("", 0))
-        else:
+        if source is not None:
             make_transparent(made)
-            _bind_as(made, source)
+        _bind_as(made, source or "")
     except OSError:
         made.close()
         raise
@@ -112,10 +110,10 @@ def upstream_socket(destination: Address, source: str | None) -> socket.socket:
 
 
 def _bind_as(made: socket.socket, source: str) -> None:
-    """Take the client's address, and a port that no client has.
+    """Take the client's address (or, when empty, any of the netns), and a port that no client has had.
 
-    Otherwise the connection may be taken for one of the client's own to the same server, and both hang: about one time
-    in 28,000 for each of them that is open.
+    Otherwise conntrack may take the connection for one of the client's own to the same server, open or forgotten: then
+    both hang, or what is new goes the way that the old one went. About one time in 28,000 for each of those.
     """
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     for _ in SOURCE_PORTS:
