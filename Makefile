@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
-SOURCES := src tests lab bench native scripts
+SOURCES := src tests lab bench native image scripts
 
 .PHONY: help setup demo test check format test-pure test-kernel test-node bench plugin expected reference clean
 
