@@ -156,20 +156,18 @@ def test_the_host_s_netns_is_nobodys(world: ProcessWorld) -> None:
     refused = refusal(look(finder, pod=POD)["pod"])
     assert refused.code == "host-netns"
     assert f"its processes {pid} (app) are in the network namespace of the host" in refused.text
-    assert finder.alive({"pod": POD}) == {"pod"}
 
 
 def test_who_is_not_there_is_not_found(world: ProcessWorld, netns_with: PodNetns) -> None:
     netns = netns_with(ADDRESS)
     pid = world.start(PATHS.cgroupfs(ID), netns)
     finder = NetnsFinder(world.root)
-    assert finder.alive({"pod": POD, "other": OTHER_POD}) == {"pod"}
     refused = refusal(look(finder, pod=POD, other=OTHER_POD)["other"])
     assert refused.code == "not-found"
     assert f"none of the 2 processes under {world.root} is in a cgroup of pod {OTHER_UID}" in refused.text
     world.end(pid)
     assert refusal(look(finder, pod=POD)["pod"]).code == "not-found"
-    assert (finder.alive({"pod": POD}), finder.remembered) == (frozenset(), 0)
+    assert finder.remembered == 0
 
 
 def test_a_zombie_is_nobody(world: ProcessWorld, netns_with: PodNetns) -> None:
@@ -367,7 +365,6 @@ def test_a_netns_that_cannot_be_looked_at_is_unreadable(files: FileWorld) -> Non
     refused = refusal(look(finder, pod=POD)["pod"])
     assert refused.code == "unreadable"
     assert refused.text.startswith(f"the network namespace of its process {pid} (app) cannot be read: ")
-    assert finder.alive({"pod": POD}) == {"pod"}
 
 
 def test_a_root_without_a_host_is_an_error(tmp_path: Path) -> None:

@@ -129,13 +129,6 @@ class NetnsFinder:
             results |= {key: search.refusal() for key, search in searches.items() if key not in found}
         return results
 
-    def alive(self, wanted: Mapping[str, Wanted]) -> frozenset[str]:
-        """Return the keys of those pods of which a process runs, in whatever netns; blocks and raises as `find`."""
-        searches = self._look(wanted)
-        return frozenset(
-            key for key, search in searches.items() if search.by_netns or search.refusal().code != NOT_FOUND
-        )
-
     def _look(self, wanted: Mapping[str, Wanted]) -> dict[str, _Search]:
         """Walk once and sort what is seen by wanted pod; a search without a netns has a refusal afterwards."""
         searches = {key: _Search(pod) for key, pod in wanted.items()}

@@ -6,7 +6,6 @@ interfaces of the netns below netfilter. Redirected by our rules, such a pod wou
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 
@@ -22,26 +21,6 @@ GVISOR = Sandbox("gVisor", keeps_addresses=False)
 KATA = Sandbox("Kata Containers", keeps_addresses=True)
 VIRTUAL_MACHINE = Sandbox("a virtual machine", keeps_addresses=True)
 
-# Words of RuntimeClass names and handlers, which people choose freely but derive from the runtime's: `gvisor`,
-# `kata-qemu`, `io.containerd.kata-clh.v2`, `kata-mshv-vm-isolation`, `runsc-kvm`.
-_CLASS_WORDS = {
-    "gvisor": GVISOR,
-    "runsc": GVISOR,
-    "kata": KATA,
-    "katacontainers": KATA,
-    "qemu": VIRTUAL_MACHINE,
-    "clh": VIRTUAL_MACHINE,
-    "hypervisor": VIRTUAL_MACHINE,
-    "firecracker": VIRTUAL_MACHINE,
-    "dragonball": VIRTUAL_MACHINE,
-    "stratovirt": VIRTUAL_MACHINE,
-    "krun": VIRTUAL_MACHINE,
-    "libkrun": VIRTUAL_MACHINE,
-    "microvm": VIRTUAL_MACHINE,
-    "runv": VIRTUAL_MACHINE,
-    "quark": VIRTUAL_MACHINE,
-    "kuasar": VIRTUAL_MACHINE,
-}
 _PROCESS_PREFIXES = {
     "runsc": GVISOR,
     "containerd-shim-runsc": GVISOR,
@@ -59,13 +38,6 @@ _PROCESS_PREFIXES = {
 # gVisor starts itself through /proc/self/exe, and shims' names are cut: only the command line tells what these are.
 _TELLS_NOTHING = frozenset({"exe", "containerd-shim"})
 _RUNTIME_PREFIXES = ("conmon", "containerd-shim", "crun", "runc", "youki")
-_BETWEEN_WORDS = re.compile(r"[^a-z0-9]+")
-
-
-def sandbox_of_class(runtime_class: str) -> Sandbox | None:
-    """Return the sandbox that a RuntimeClass name, handler or runtime type stands for; None for plain containers."""
-    words = _BETWEEN_WORDS.split(runtime_class.lower())
-    return next((_CLASS_WORDS[word] for word in words if word in _CLASS_WORDS), None)
 
 
 def needs_command(comm: str) -> bool:

@@ -11,43 +11,8 @@ from meshcni.pods.sandboxes import (
     Sandbox,
     is_runtime_process,
     needs_command,
-    sandbox_of_class,
     sandbox_of_process,
 )
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("gvisor", GVISOR),
-        ("gVisor", GVISOR),
-        ("runsc", GVISOR),
-        ("runsc-kvm", GVISOR),
-        ("io.containerd.runsc.v1", GVISOR),
-        ("kata", KATA),
-        ("kata-qemu", KATA),
-        ("kata-fc", KATA),
-        ("kata-mshv-vm-isolation", KATA),
-        ("team-a.kata", KATA),
-        ("katacontainers", KATA),
-        ("io.containerd.kata-clh.v2", KATA),
-        ("firecracker", VIRTUAL_MACHINE),
-        ("aws.firecracker", VIRTUAL_MACHINE),
-        ("cloud-hypervisor", VIRTUAL_MACHINE),
-        ("krun", VIRTUAL_MACHINE),
-        ("crun-krun", VIRTUAL_MACHINE),
-        ("", None),
-        ("runc", None),
-        ("crun", None),
-        ("io.containerd.runc.v2", None),
-        ("nvidia", None),
-        ("sysbox-runc", None),
-        ("skatalite", None),
-        ("wasmtime-spin", None),
-    ],
-)
-def test_classes(name: str, expected: Sandbox | None) -> None:
-    assert sandbox_of_class(name) == expected
 
 
 @pytest.mark.parametrize(
