@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -163,3 +164,22 @@ def test_the_hosts_lock_is_the_hosts(host: Netns) -> None:
         holder.communicate("\n")
         thread.join()
     assert done.is_set()
+
+
+READ_ONLY_RUN = """
+import sys
+from tests.kernel.test_ambient_host import apply_rules, verify_rules
+from tests.kernel.world import Netns
+host = Netns(int(sys.argv[1]))
+print(apply_rules(host, "legacy").changed, verify_rules(host, "legacy") == ())
+"""
+
+
+def test_a_lock_that_cannot_be_had_keeps_nobody_from_the_hosts_rules(host: Netns) -> None:
+    """In a container with a read-only root file system, where the host's file is not mounted."""
+    os.set_inheritable(host.fd, True)
+    script = 'mount --bind /run /run && mount -o remount,bind,ro /run && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-ec", script, "sh", sys.executable, "-c", READ_ONLY_RUN, str(host.fd)]
+    environment = {"PYTHONPATH": "src:.", "PATH": os.environ["PATH"]}
+    done = subprocess.run(command, capture_output=True, text=True, close_fds=False, env=environment, check=False)
+    assert (done.stdout, done.stderr) == ("True True\n", "")

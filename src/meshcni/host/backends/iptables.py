@@ -41,6 +41,7 @@ HOST_ENVIRONMENT = {"PATH": ":".join(SEARCH_PATH), "LC_ALL": "C"}
 # A pod has its own tables, so its lock is its own too: the namespace file itself, the child's by the time it opens it.
 # Nobody who holds the host's /run/xtables.lock makes a pod wait.
 ENVIRONMENT = {**HOST_ENVIRONMENT, "XTABLES_LOCKFILE": "/proc/thread-self/ns/net"}
+HOST_LOCK = "/run/xtables.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +248,7 @@ class IptablesBackend:
                 capture_output=True,
                 text=True,
                 errors="replace",
-                env=HOST_ENVIRONMENT if self._purpose is Purpose.AMBIENT_HOST else ENVIRONMENT,
+                env=_environment(self._purpose),
                 cwd="/",
                 timeout=TIMEOUT_SECONDS,
                 pass_fds=descriptors,
@@ -286,6 +287,20 @@ class IptablesBackend:
             os.close(owner)
             raise ApplyError("the pod has a user namespace of its own and there is no nsenter", "use nftables")
         return (self._tools.nsenter, f"--user=/proc/self/fd/{owner}", "--"), (owner,)
+
+
+def _environment(purpose: Purpose, host_lock: str = HOST_LOCK) -> Mapping[str, str]:
+    """Return a command's environment: the host's lock for the host's tables where it can be had, else the netns' own.
+
+    A container with a read-only root file system has it only when the host's file is mounted.
+    """
+    if purpose is not Purpose.AMBIENT_HOST:
+        return ENVIRONMENT
+    try:
+        os.close(os.open(host_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError:
+        return ENVIRONMENT
+    return HOST_ENVIRONMENT
 
 
 def _drift(ruleset: Ruleset, texts: Mapping[Family, str]) -> tuple[plan.Drift, ...]:
