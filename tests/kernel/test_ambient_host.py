@@ -178,7 +178,7 @@ print(apply_rules(host, "legacy").changed, verify_rules(host, "legacy") == ())
 def test_a_lock_that_cannot_be_had_keeps_nobody_from_the_hosts_rules(host: Netns) -> None:
     """In a container with a read-only root file system, where the host's file is not mounted."""
     os.set_inheritable(host.fd, True)
-    script = 'mount --bind /run /run && mount -o remount,bind,ro /run && exec "$@"'
+    script = 'mount -t tmpfs -o ro tmpfs /run && exec "$@"'
     command = ["unshare", "--mount", "sh", "-ec", script, "sh", sys.executable, "-c", READ_ONLY_RUN, str(host.fd)]
     environment = {"PYTHONPATH": "src:.", "PATH": os.environ["PATH"]}
     done = subprocess.run(command, capture_output=True, text=True, close_fds=False, env=environment, check=False)

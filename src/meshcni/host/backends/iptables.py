@@ -297,7 +297,7 @@ def _environment(purpose: Purpose, host_lock: str = HOST_LOCK) -> Mapping[str, s
     if purpose is not Purpose.AMBIENT_HOST:
         return ENVIRONMENT
     try:
-        os.close(os.open(host_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        os.close(os.open(host_lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError:
         return ENVIRONMENT
     return HOST_ENVIRONMENT
