@@ -1,4 +1,4 @@
-"""Documents about an image: what is in it, under which licences, how it was made, what known vulnerabilities mean for it.
+"""Documents about an image: what is in it, its licences, how it was made, what known vulnerabilities mean for it.
 
 Pure functions from values to JSON values. No clock, no file and no randomness: equal inputs give equal documents.
 """

@@ -29,8 +29,8 @@ class Source:
 class Build:
     """What took part in a build: everything that the image's bytes depend on, and who ran it.
 
-    `packages` and `wheels` are those of the lock that took part: of the image and of its tool chain. `changelogs` are the
-    Debian changelogs of `packages`, unpacked, by name of the *source* package. Digests are hexadecimal SHA-256.
+    `packages` and `wheels` are those of the lock that took part: of the image and of its tool chain. `changelogs` are
+    the Debian changelogs of `packages`, unpacked, by name of the *source* package. Digests are hexadecimal SHA-256.
     """
 
     packages: tuple[DebPackage, ...]
@@ -40,10 +40,12 @@ class Build:
     definition_sha256: str
     lock_sha256: str
     changelogs: Mapping[str, bytes]
+    invocation: str = ""  # the caller's name for this run, such as a CI job; empty where a rebuild must give the same
 
 
 def predicate(subject: Subject, build: Build) -> dict[str, Any]:
-    """The predicate; without times of start and end, which would differ between two builds of the same bytes."""
+    """The predicate, without times of start and end: two builds of the same bytes say the same."""
+    metadata = {"metadata": {"invocationId": build.invocation}} if build.invocation else {}
     return {
         "buildDefinition": {
             "buildType": BUILD_TYPE,
@@ -58,7 +60,7 @@ def predicate(subject: Subject, build: Build) -> dict[str, Any]:
             "internalParameters": {},
             "resolvedDependencies": [_source(build.source), *_materials(build)],
         },
-        "runDetails": {"builder": {"id": build.builder}, "metadata": {"invocationId": subject.digest}},
+        "runDetails": {"builder": {"id": build.builder}, **metadata},
     }
 
 
