@@ -89,7 +89,7 @@ def images(layout: StoredLayout) -> tuple[SignedImage, ...]:
 
 def _platforms(index: Manifest, about: dict[str, list[Manifest]]) -> Iterator[Platform]:
     for child, entry in zip(index.children, index.content["manifests"], strict=True):
-        mine = [one for one in about.get(child.digest, ()) if one.descriptor.artifact_type == attestations.IN_TOTO]
+        mine = [one for one in about.get(child.digest, ()) if one.artifact_type == attestations.IN_TOTO]
         architecture = (entry.get("platform") or {}).get("architecture", "")
         yield Platform(child, architecture, tuple(mine))
 
@@ -101,7 +101,7 @@ def statements(layout: StoredLayout, platform: Platform) -> tuple[Statement, ...
         layers = manifest.children[1:]
         if len(layers) != 1:
             raise ImageError(f"{manifest.descriptor.digest}: expected an attestation of 1 layer, found {len(layers)}")
-        kind = manifest.descriptor.annotations.get(attestations.PREDICATE_TYPE, "")
+        kind = manifest.annotations.get(attestations.PREDICATE_TYPE, "")
         title = layers[0].annotations.get(attestations.TITLE, "")
         found.append(Statement(kind, title, layout.read(layers[0])))
     return tuple(sorted(found, key=lambda one: one.predicate_type))
@@ -124,14 +124,14 @@ def referrers_to_add(layout: StoredLayout, key: PrivateKey) -> tuple[Referrer, .
 def earlier(layout: StoredLayout) -> frozenset[str]:
     """Name the referrers that an earlier signing added."""
     kinds = (SIGNATURE, attestations.DSSE)
-    return frozenset(entry.digest for entry in layout.entries if entry.artifact_type in kinds)
+    found = (one for about in layout.referrers().values() for one in about)
+    return frozenset(one.descriptor.digest for one in found if one.artifact_type in kinds)
 
 
 def sign(path: Path, key: PrivateKey) -> int:
     """Sign the layout at `path` in place of whoever signed it before, and say how many signatures there are now."""
     layout = StoredLayout(path)
-    for blob in layout.reachable().values():
-        layout.check(blob)  # what is signed is what was looked at
+    layout.check_all()  # what is signed is what was looked at
     added = referrers_to_add(layout, key)
     layout.replace(earlier(layout), added)
     return sum(referrer.artifact_type == SIGNATURE for referrer in added)

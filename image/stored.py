@@ -36,6 +36,19 @@ class Manifest:
         return tuple(descriptor(one, self.descriptor.digest) for one in named if one is not None)
 
     @property
+    def artifact_type(self) -> str:
+        """What kind of artifact this is; not every tool that copies a layout repeats it in index.json."""
+        config = self.content.get("config")
+        configured = config.get("mediaType", "") if isinstance(config, dict) else ""
+        return str(self.content.get("artifactType") or configured)
+
+    @property
+    def annotations(self) -> Mapping[str, str]:
+        """The document's own annotations."""
+        found = self.content.get("annotations")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def subject(self) -> str:
         """Digest of the manifest that this one is about, or nothing."""
         found = self.content.get("subject")
@@ -147,13 +160,24 @@ class StoredLayout:
         return {found.digest: found for entry in self.entries for found in self.below(entry)}
 
     def referrers(self) -> dict[str, list[Manifest]]:
-        """The layout's referrers by the digest of what they are about, each once."""
+        """The layout's referrers by the digest of what they are about, each once, sorted by digest."""
         found: dict[str, list[Manifest]] = {}
-        for entry in {entry.digest: entry for entry in self.entries if entry.media_type == MANIFEST}.values():
+        unique = {entry.digest: entry for entry in self.entries if entry.media_type == MANIFEST}
+        for _, entry in sorted(unique.items()):
             manifest = self.manifest(entry)
             if manifest.subject:
                 found.setdefault(manifest.subject, []).append(manifest)
         return found
+
+    def check_all(self) -> None:
+        """Compare everything that index.json leads to, and whatever else lies among the blobs, with its name."""
+        named = self.reachable()
+        for blob in named.values():
+            self.check(blob)
+        for path in sorted((self.path / "blobs" / "sha256").iterdir()):
+            digest = f"sha256:{path.name}"
+            if digest not in named:
+                self.check(Descriptor("a blob that nothing names", digest, path.stat().st_size))
 
     def replace(self, gone: frozenset[str], added: Sequence[Referrer]) -> None:
         """Drop the referrers with a digest in `gone` and add others, all or none: index.json is renamed in last."""

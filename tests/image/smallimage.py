@@ -1,4 +1,4 @@
-"""A small image in an OCI layout, made by hand: two variants of two platforms, a layer of two files and attestations each."""
+"""A small image in an OCI layout, made by hand: two variants of two platforms, with attestations."""
 
 from __future__ import annotations
 
