@@ -64,17 +64,10 @@ class Adds:
     def cost(self, number: int) -> Cost:
         """Do ADD `number`; CPU is the plugin's and the agent's."""
         command = self.command(number)
-        pid = agent_pid(self.mesh)
+        pid = self.mesh.agent.pid
         before = process_cpu_milliseconds(pid)
         plugin = run(self.mesh.node, command)
         return Cost(plugin.wall, plugin.cpu + process_cpu_milliseconds(pid) - before)
-
-
-def agent_pid(mesh: Mesh) -> int:
-    """Return the agent's pid; LabError when it does not run."""
-    if mesh.agent.process is None:
-        raise LabError("the agent does not run")
-    return mesh.agent.process.pid
 
 
 def unmeshed(mesh: Mesh) -> list[Row]:
@@ -184,11 +177,11 @@ def apply_by_hand(mesh: Mesh, texts: Sequence[tuple[list[str], Path]], netns: Po
 def counted_processes(mesh: Mesh) -> Iterator[list[str]]:
     """Trace the agent and its children meanwhile; afterwards the list holds one line for each program started."""
     trace = mesh.node.folder / "strace"
-    arguments = ["strace", "-f", "-e", "trace=execve", "-o", str(trace), "-p", str(agent_pid(mesh))]
+    arguments = ["strace", "-f", "-e", "trace=execve", "-o", str(trace), "-p", str(mesh.agent.pid)]
     strace = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     executed: list[str] = []
     try:
-        wait_until("strace is attached", lambda: is_traced(agent_pid(mesh)), 10)
+        wait_until("strace is attached", lambda: is_traced(mesh.agent.pid), 10)
         yield executed
     finally:
         strace.send_signal(signal.SIGINT)

@@ -13,7 +13,7 @@ from lab.mesh import Mesh
 from lab.node import wait_until
 from lab.objects import sidecar_pod
 
-from bench.adds import Adds, agent_pid
+from bench.adds import Adds
 from bench.report import Row
 from bench.runs import process_cpu_milliseconds
 from meshcni import istio
@@ -48,7 +48,7 @@ def idling(mesh: Mesh) -> list[Row]:
     mesh.agent.terminate()
     mesh.api.do(delete_all_pods)
     mesh.agent.start(AgentOptions(nftables=True))
-    pid = agent_pid(mesh)
+    pid = mesh.agent.pid
     time.sleep(SETTLE_SECONDS)
     before = process_cpu_milliseconds(pid)
     time.sleep(IDLE_SECONDS)

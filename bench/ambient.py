@@ -23,7 +23,7 @@ from lab.plugin import PodNetns, container_id
 from lab.ztunnel.client import command as stand_in_command
 from lab.ztunnel.client import order, program_environment
 
-from bench.adds import ROUNDS, TRACED, WARM_UP, Adds, agent_pid, apply_by_hand, counted_processes
+from bench.adds import ROUNDS, TRACED, WARM_UP, Adds, apply_by_hand, counted_processes
 from bench.report import Row, ratio
 from bench.runs import interleaved, process_cpu_milliseconds, run, start_here, typical
 from meshcni import istio
@@ -180,7 +180,7 @@ def restart(mesh: Mesh, backend: Backend) -> list[Row]:
             run(mesh.node, adds.command(number))
         _start_processes(mesh, adds, stack)
         wait_until("every pod is annotated", lambda: _annotated(mesh) >= PODS, WAIT_SECONDS)
-        memory = resident_mib(agent_pid(mesh))
+        memory = resident_mib(mesh.agent.pid)
         ready, known, cpu, waits = [], [], [], []
         for number in range(RESTARTS):
             measured = _one_restart(mesh, stand_in, adds, PODS + number)
@@ -188,11 +188,11 @@ def restart(mesh: Mesh, backend: Backend) -> list[Row]:
             known.append(measured["known"])
             cpu.append(measured["cpu"])
             waits.append(measured["wait"])
-        memory = max(memory, resident_mib(agent_pid(mesh)))
-        begin, cpu_before = time.monotonic(), process_cpu_milliseconds(agent_pid(mesh))
+        memory = max(memory, resident_mib(mesh.agent.pid))
+        begin, cpu_before = time.monotonic(), process_cpu_milliseconds(mesh.agent.pid)
         with counted_processes(mesh) as executed:
             wait_until("a round is over", lambda: time.monotonic() - begin > 60, 90)
-        round_cpu = process_cpu_milliseconds(agent_pid(mesh)) - cpu_before
+        round_cpu = process_cpu_milliseconds(mesh.agent.pid) - cpu_before
     what = f"restart with {PODS} ambient pods, {backend.value}"
     return [
         ratio(f"{what}: Ready", statistics.median(ready), empty, MAX_READY_RATIO, "start without pods"),
@@ -243,7 +243,7 @@ def _one_restart(mesh: Mesh, stand_in: StandIn, adds: Adds, new: int) -> dict[st
     waited = time.monotonic() - begin
     if os.waitstatus_to_exitcode(status) != 0:
         raise LabError(f"a pod was refused during the restart: {mesh.agent.log_text()[-2000:]}")
-    agent = agent_pid(mesh)
+    agent = mesh.agent.pid
     while True:  # until the background work is over
         before = process_cpu_milliseconds(agent)
         time.sleep(SETTLED_SECONDS)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import namespaces
-from lab.ambient import ambient_environment
+from lab.ambient import AMBIENT_SETTINGS
 from lab.containerd import Containerd
 from lab.node import LabError, Node, last_lines, wait_until
 from lab.objects import NODE_NAME
@@ -29,6 +29,7 @@ AGENT = Path(sys.executable).parent / "install-cni"
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0
 AGENT_NAMESPACE = "istio-system"
+POD_NAME = f"{istio.AGENT_POD_PREFIX}lab"
 RUN_DIR = "/run/istio-cni"
 EXCLUDED_NAMESPACE = "kube-system"
 
@@ -52,7 +53,7 @@ class Agent:
     ) -> None:
         self.node, self.runtime = node, runtime
         self.options = AgentOptions()
-        self.process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._api_environment = api_environment
         self._service_account = service_account
         self._image = node.folder / "image"
@@ -60,21 +61,21 @@ class Agent:
     def start(self, options: AgentOptions | None = None, *, wait: bool = True) -> None:
         """Start it, with the last options when none are given; with `wait` return when containerd uses its plugin."""
         self.options = options or self.options
-        self._image.mkdir(exist_ok=True)
-        if not (self._image / istio.PLUGIN_NAME).exists():
-            if not PLUGIN.exists():
-                raise LabError(f"no plugin: {PLUGIN.relative_to(ROOT)} is not built (make plugin)")
-            shutil.copy2(PLUGIN, self._image / istio.PLUGIN_NAME)
-        if not AGENT.exists():
-            raise LabError(f"no agent: {AGENT} is not installed (scripts/setup)")
-        self.process = self.node.spawn([str(AGENT)], environment=self.environment(), log="agent")
+        self._launch()
         if wait:
             self.wait_ready()
 
     @property
     def is_running(self) -> bool:
         """Whether there is a process."""
-        return self.process is not None and self.process.poll() is None
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """The pid of its process, as seen from outside the node; LabError when there is none."""
+        if self._process is None:
+            raise LabError("the agent does not run")
+        return self._process.pid
 
     def ensure(self, options: AgentOptions) -> None:
         """Have it running with `options`, restarting it only when it runs with others or not at all."""
@@ -98,7 +99,7 @@ class Agent:
 
     def is_ready(self) -> bool:
         """Ask /readyz; LabError when the agent has ended."""
-        if self.process is None or self.process.poll() is not None:
+        if not self.is_running:
             raise LabError("the agent ended")
         try:
             return self.get(istio.HEALTH_PORT, istio.READY_PATH)[0] == 200
@@ -157,51 +158,74 @@ class Agent:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Let it do nothing for a while, without its end being noticed by anybody."""
-        assert self.process is not None, "an agent that runs"
-        self.process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
         try:
             yield
         finally:
-            self.process.send_signal(signal.SIGCONT)
+            self._signal(signal.SIGCONT)
 
     def log_text(self) -> str:
         """Return all it has logged."""
         return self.node.log_path("agent").read_text()
 
-    def _end(self, number: int) -> int:
-        if self.process is None:
-            return 0
-        self.process.send_signal(number)
-        status = self.process.wait(STOP_SECONDS)
-        self.process = None
-        return status
-
     @property
     def ztunnel_socket(self) -> Path:
-        """The socket that a ztunnel of this node connects to, at the same path inside and outside."""
+        """The socket that a ztunnel of this node connects to, as the node sees it."""
         return self.node.folder / "ztunnel.sock"
 
     def environment(self) -> dict[str, str]:
         """Return the settings that make it an agent of this node."""
-        options = self.options
+        return {**self._places(), **self._settings()}
+
+    def _places(self) -> dict[str, str]:
+        """Return where things are: the directories of its container, which here are the node's own."""
         return {
             "MOUNTED_CNI_NET_DIR": str(self.runtime.conf_dir),
             "CNI_BINARY_SOURCE_DIR": str(self._image),
             "CNI_BINARY_TARGET_DIR": str(self.runtime.bin_dir),
             "CNI_AGENT_RUN_DIR": RUN_DIR,
             "SERVICE_ACCOUNT_DIR": str(self._service_account),
+            "ZTUNNEL_UDS_ADDRESS": str(self.ztunnel_socket),
+            "HOST_PROC_DIR": "/proc",
             "NODE_NAME": NODE_NAME,
-            "POD_NAME": f"{istio.AGENT_POD_PREFIX}lab",
+            "POD_NAME": POD_NAME,
             "POD_NAMESPACE": AGENT_NAMESPACE,
+        }
+
+    def _settings(self) -> dict[str, str]:
+        options = self.options
+        return {
             "EXCLUDE_NAMESPACES": EXCLUDED_NAMESPACE,
             "NATIVE_NFTABLES": "true" if options.nftables else "false",
             "FORCE_IPTABLES_BINARY": options.force_iptables,
             "AGENT_WAIT_SECONDS": f"{options.wait_seconds:g}",
             "REPAIR_ENABLED": "false",
-            **(ambient_environment(self.ztunnel_socket) if options.ambient else {}),
+            **(AMBIENT_SETTINGS if options.ambient else {}),
             **self._api_environment,
             **options.environment,
         }
+
+    def _launch(self) -> None:
+        self._image.mkdir(exist_ok=True)
+        if not (self._image / istio.PLUGIN_NAME).exists():
+            if not PLUGIN.exists():
+                raise LabError(f"no plugin: {PLUGIN.relative_to(ROOT)} is not built (make plugin)")
+            shutil.copy2(PLUGIN, self._image / istio.PLUGIN_NAME)
+        if not AGENT.exists():
+            raise LabError(f"no agent: {AGENT} is not installed (scripts/setup)")
+        self._process = self.node.spawn([str(AGENT)], environment=self.environment(), log="agent")
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None, "an agent that runs"
+        self._process.send_signal(number)
+
+    def _end(self, number: signal.Signals) -> int:
+        if self._process is None:
+            return 0
+        self._signal(number)
+        status = self._process.wait(STOP_SECONDS)
+        self._process = None
+        return status
 
 
 def cpu_ticks(pid: int) -> int:

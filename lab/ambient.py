@@ -1,4 +1,4 @@
-"""What makes an agent of the lab one for ambient mode: what Istio's chart sets, and where things are here."""
+"""What makes an agent of the lab one for ambient mode: what Istio's chart sets, and which labels pods carry."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ ENABLEMENT_SELECTORS = (
 )
 
 
+AMBIENT_SETTINGS = {  # on a lab node the kubelet is root
+    "AMBIENT_ENABLED": "true",
+    "AMBIENT_ENABLEMENT_SELECTOR": ENABLEMENT_SELECTORS,
+    "AMBIENT_DNS_CAPTURE": "true",
+    "AMBIENT_IPV6": "true",
+    "AMBIENT_RECONCILE_POD_RULES_ON_STARTUP": "true",
+    "KUBELET_UID": "0",
+}
+
+
 def ambient_environment(ztunnel_socket: Path) -> dict[str, str]:
-    """Return the agent's settings for ambient mode; on a lab node the kubelet is root and procfs is the node's own."""
-    return {
-        "AMBIENT_ENABLED": "true",
-        "AMBIENT_ENABLEMENT_SELECTOR": ENABLEMENT_SELECTORS,
-        "AMBIENT_DNS_CAPTURE": "true",
-        "AMBIENT_IPV6": "true",
-        "AMBIENT_RECONCILE_POD_RULES_ON_STARTUP": "true",
-        "ZTUNNEL_UDS_ADDRESS": str(ztunnel_socket),
-        "HOST_PROC_DIR": "/proc",
-        "KUBELET_UID": "0",
-    }
+    """Return the settings of an agent that is a process of the node: procfs is the node's own."""
+    return {**AMBIENT_SETTINGS, "ZTUNNEL_UDS_ADDRESS": str(ztunnel_socket), "HOST_PROC_DIR": "/proc"}

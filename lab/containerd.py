@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class Containerd:
             source = SYSTEM_PLUGINS / plugin
             if not source.exists():
                 raise LabError(f"no CNI plugin {source} (Debian's package containernetworking-plugins has it)")
-            (self.bin_dir / plugin).symlink_to(source)
+            shutil.copy2(source, self.bin_dir / plugin)  # a link would lead nowhere in a container
         self.write_chain()
         archive = pause_archive()
         config = self.node.folder / "containerd.toml"

@@ -1,5 +1,7 @@
 """The container runtime interface, as the kubelet speaks it: a small client for sandboxes, over gRPC.
 
+`lab.container` adds what goes into a sandbox.
+
 The messages are compiled from proto/cri.proto when that is newer than the compiled module in build/lab.
 """
 
@@ -50,7 +52,7 @@ class CriClient:
     """Calls of the runtime behind the unix socket at `socket_path`; thread-safe."""
 
     def __init__(self, socket_path: Path, cgroup_root: str) -> None:
-        self._messages = load_messages()
+        self.messages = load_messages()
         self._channel = grpc.insecure_channel(f"unix:{socket_path}")
         self._cgroup_root = cgroup_root
 
@@ -60,43 +62,59 @@ class CriClient:
 
     def wait_ready(self, timeout_seconds: float) -> None:
         """Return when the runtime answers; CriError when it does not within the time."""
-        self._call("Version", timeout_seconds, wait=True)
+        self.call("Version", timeout_seconds, wait=True)
 
     def network_ready(self) -> bool:
         """Tell whether the runtime has loaded a CNI chain."""
-        conditions = self._call("Status").status.conditions
+        conditions = self.call("Status").status.conditions
         return any(condition.type == "NetworkReady" and condition.status for condition in conditions)
 
     def loaded_chain(self) -> list[str]:
         """Return the types of the plugins in the chain that the runtime has loaded."""
-        info = json.loads(self._call("Status", verbose=True).info["cniconfig"])
+        info = json.loads(self.call("Status", verbose=True).info["cniconfig"])
         networks = [network for network in info["Networks"] if network["Config"]["Name"] != "cni-loopback"]
         return [plugin["Network"]["type"] for plugin in networks[0]["Config"]["Plugins"]] if networks else []
 
     def run_sandbox(
         self, namespace: str, name: str, uid: str, *, attempt: int = 0, host_network: bool = False
     ) -> Sandbox:
-        """Start a sandbox, with its network; CriError carries the CNI error when a plugin refused.
+        """Start a sandbox, with its network; CriError carries the CNI error when a plugin refused."""
+        config = self.sandbox_config(namespace, name, uid, attempt=attempt, host_network=host_network)
+        return self.sandbox(self.call("RunPodSandbox", config=config).pod_sandbox_id)
 
-        Its cgroup is named as the kubelet's cgroupfs driver does. `attempt` counts the sandboxes of one pod.
+    def sandbox_config(
+        self,
+        namespace: str,
+        name: str,
+        uid: str,
+        *,
+        attempt: int = 0,
+        host_network: bool = False,
+        privileged: bool = False,
+        log_directory: str = "",
+    ) -> Any:  # noqa: ANN401
+        """Return the message that describes a sandbox: its cgroup is named as the kubelet's cgroupfs driver does.
+
+        `attempt` counts the sandboxes of one pod; only a privileged sandbox takes privileged containers.
         """
-        pb = self._messages
+        pb = self.messages
         network = pb.NamespaceMode.Value("NODE" if host_network else "POD")
-        config = pb.PodSandboxConfig(
+        return pb.PodSandboxConfig(
             metadata=pb.PodSandboxMetadata(name=name, uid=uid, namespace=namespace, attempt=attempt),
             hostname="" if host_network else name,
+            log_directory=log_directory,
             labels={"io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": namespace},
             linux=pb.LinuxPodSandboxConfig(
                 cgroup_parent=f"{self._cgroup_root}/kubepods/besteffort/pod{uid}",
-                security_context=pb.LinuxSandboxSecurityContext(namespace_options=pb.NamespaceOption(network=network)),
+                security_context=pb.LinuxSandboxSecurityContext(
+                    namespace_options=pb.NamespaceOption(network=network), privileged=privileged
+                ),
             ),
         )
-        identifier = self._call("RunPodSandbox", config=config).pod_sandbox_id
-        return self.sandbox(identifier)
 
     def sandbox(self, identifier: str) -> Sandbox:
         """Return what the runtime says of a running sandbox."""
-        answer = self._call("PodSandboxStatus", pod_sandbox_id=identifier, verbose=True)
+        answer = self.call("PodSandboxStatus", pod_sandbox_id=identifier, verbose=True)
         status, network = answer.status, answer.status.network
         kinds = json.loads(answer.info["info"])["runtimeSpec"]["linux"]["namespaces"]
         netns = next((kind["path"] for kind in kinds if kind["type"] == "network"), "")
@@ -107,25 +125,26 @@ class CriClient:
 
     def sandbox_ids(self) -> list[str]:
         """Return the ids of all sandboxes, running or not."""
-        return [item.id for item in self._call("ListPodSandbox").items]
+        return [item.id for item in self.call("ListPodSandbox").items]
 
     def stop_sandbox(self, identifier: str) -> None:
         """Stop a sandbox: its network is taken down, DEL is sent."""
-        self._call("StopPodSandbox", pod_sandbox_id=identifier)
+        self.call("StopPodSandbox", pod_sandbox_id=identifier)
 
     def remove_sandbox(self, identifier: str) -> None:
         """Remove a stopped sandbox; DEL is sent a second time."""
-        self._call("RemovePodSandbox", pod_sandbox_id=identifier)
+        self.call("RemovePodSandbox", pod_sandbox_id=identifier)
 
-    def _call(  # messages are made at run time, so their types are not known
+    def call(  # messages are made at run time, so their types are not known
         self,
         method: str,
         timeout_seconds: float = CALL_SECONDS,
         wait: bool = False,
         **fields: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        request = getattr(self._messages, f"{method}Request")
-        response = getattr(self._messages, f"{method}Response")
+        """Call a method of the runtime with these fields of its request; CriError when it refuses."""
+        request = getattr(self.messages, f"{method}Request")
+        response = getattr(self.messages, f"{method}Response")
         call = self._channel.unary_unary(
             SERVICE + method, request_serializer=request.SerializeToString, response_deserializer=response.FromString
         )

@@ -7,6 +7,7 @@ mount --make-rprivate /
 mount -t tmpfs -o mode=755 meshcni-lab /run
 mkdir -p /run/lock /run/netns /run/lab/lib /run/lab/lib-work
 mount -t overlay -o lowerdir=/var/lib,upperdir=/run/lab/lib,workdir=/run/lab/lib-work meshcni-lab /var/lib
+mount --make-rshared /  # as on a real node, but among its own mount namespaces only
 hostname "$1"
 ip link set lo up
 for setting in net.ipv4.ip_forward=1 net.ipv6.conf.all.disable_ipv6=0 net.ipv6.conf.default.disable_ipv6=0 \

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from lab.agent import AGENT_NAMESPACE, Agent
+from lab.agent import AGENT_NAMESPACE
 from lab.api import api_server_in
 from lab.apiserver import ApiServer
 from lab.containerd import Containerd
 from lab.cri import CriError, Sandbox
 from lab.envoy import Envoy, Mode
+from lab.imageagent import make_agent
 from lab.node import Node, wait_until
 from lab.objects import NODE_NAME, daemonset_object, namespace_object
 from lab.standin import StandIn
@@ -55,9 +56,13 @@ class RunningPod:
 
 
 class Mesh:
-    """Context manager: a node with containerd and an API server; the agent is there, but not started."""
+    """Context manager: a node with containerd and an API server; the agent is there, but not started.
 
-    def __init__(self) -> None:
+    `agent` says which one it is (`lab.imageagent.AGENTS`); empty: what the environment says.
+    """
+
+    def __init__(self, agent: str = "") -> None:
+        self._which = agent
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -68,7 +73,7 @@ class Mesh:
             self.servers = stack.enter_context(EchoServers())
             self.runtime = Containerd(self.node)
             stack.callback(self.runtime.close)
-            self.agent = Agent(self.node, self.runtime, self.api.environment, service_account)
+            self.agent = make_agent(self.node, self.runtime, self.api.environment, service_account, self._which)
             self.api.do(lambda server: server.add("nodes", {"metadata": {"name": NODE_NAME, "labels": {}}}))
             self.api.do(lambda server: server.add("daemonsets", daemonset_object(AGENT_NAMESPACE)))
             self.pods: list[RunningPod] = []

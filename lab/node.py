@@ -87,6 +87,23 @@ class Node:
         """Return the file that takes the output of the program `name`."""
         return self.folder / "log" / f"{name}.log"
 
+    def outer_pid(self, inside: int) -> int:
+        """Return the pid from outside of the process that has the pid `inside` in the node."""
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                pids = next(line for line in status.read_text().splitlines() if line.startswith("NSpid:")).split()[1:]
+                if pids[1:2] == [str(inside)] and self.is_within(int(pids[0])):
+                    return int(pids[0])
+            except (FileNotFoundError, ProcessLookupError):  # it has just ended
+                continue
+        raise LabError(f"no process {inside} in {self.name}")
+
+    def is_within(self, pid: int) -> bool:
+        """Tell whether the process with this pid, as seen from outside, is one of the node."""
+        while pid > 1 and pid != self.pid:
+            pid = parent(pid)
+        return pid == self.pid
+
     def call(self, function: Callable[[], T], netns: str = "") -> T:
         """Run `function` on the thread that lives in the node: what it starts is a process of the node.
 
@@ -225,6 +242,11 @@ def start_ticks(pid: int) -> int:
     except FileNotFoundError:
         return 0
     return int(text.rpartition(")")[2].split()[19])
+
+
+def parent(pid: int) -> int:
+    """Return the pid of the parent of process `pid`."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def last_lines(text: str, count: int) -> str:

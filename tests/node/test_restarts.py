@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from lab.agent import AGENT, Agent
+from lab.agent import Agent
 from lab.mesh import APP_PORT, Mesh, RunningPod
 from lab.objects import sidecar_pod, unmeshed_pod
 from lab.traffic import address_seen
@@ -125,7 +125,7 @@ def test_the_entry_comes_back_when_the_primary_cni_rewrites_its_conf(mesh: Mesh,
 
 def test_uninstalling_leaves_a_node_that_works(mesh: Mesh, agent: Agent) -> None:
     meshed = mesh.start_pod(sidecar_pod("shop", "leftover"))
-    mesh.node.run([str(AGENT), "uninstall"], environment=agent.environment())
+    agent.command("uninstall")
     conf = json.loads((mesh.runtime.conf_dir / "10-lab.conflist").read_text())
     assert [plugin["type"] for plugin in conf["plugins"]] == ["bridge", "portmap"]
     agent.terminate()
