@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import re
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from image.model import ImageError
+from image.model import Entry, EntryKind, ImageError
 
+PLACE = re.compile(r"usr/share/doc/[^/]+/(?P<name>changelog(?:\.Debian)?\.gz)")
 HEADING = re.compile(r"^(?P<source>[a-zA-Z0-9][a-zA-Z0-9+.-]*) \((?P<version>[^()\s]+)\) [^;]+;")
 TRAILER = re.compile(r"^ ?--")
 BULLET = re.compile(r"^(?P<indent>\s+)[*+-]\s")
@@ -31,6 +34,25 @@ class Revision:
 
     version: str
     points: tuple[str, ...]
+
+
+def unpacked(packages: Iterable[tuple[str, Iterable[Entry]]]) -> Mapping[str, bytes]:
+    """The changelogs in packages' files, by source package. A pair is a source package's name and a package's entries.
+
+    `changelog.gz` is Debian's own only in packages that have no other one, and else the upstream project's.
+    Raises ImageError for one that is no gzip file.
+    """
+    found: dict[str, bytes] = {}
+    for source, entries in packages:
+        places = {place["name"]: entry for entry in entries if (place := PLACE.fullmatch(entry.path))}
+        entry = places.get("changelog.Debian.gz") or places.get("changelog.gz")
+        if entry is None or entry.kind is not EntryKind.FILE or source in found:
+            continue  # a link leads to the changelog of another package of the same source
+        try:
+            found[source] = gzip.decompress(entry.data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ImageError(f"/{entry.path} of {source} cannot be unpacked: {error}") from error
+    return found
 
 
 def repaired(text: bytes, source: str, version: str) -> Mapping[str, str]:

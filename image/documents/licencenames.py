@@ -95,11 +95,10 @@ WELL_KNOWN = (
     WellKnown("Zlib", ("the origin of this software must not be misrepresented", "altered source versions"), (), 1100),
 )
 # What a text with several licences names for certain; it says nothing about what else is in the text.
-_GNU_GRANT = (
-    r"gnu (?P<family>lesser |library |affero )?general public license,? as published by the free software foundation[;,]? "
-    r"(?P<either>either )?version (?P<version>\d(?:\.\d)?)"
+GNU_GRANT = re.compile(
+    r"gnu (?P<family>lesser |library |affero )?general public license,? "
+    r"as published by the free software foundation[;,]? (?P<either>either )?version (?P<version>\d(?:\.\d)?)"
 )
-GNU_GRANT = re.compile(_GNU_GRANT)
 COMMON_LICENSE = re.compile(r"/usr/share/common-licenses/(?P<name>(?:Apache|Artistic|CC0|MPL)[-.\w]*\w)")
 PHRASES = {
     "python software foundation license version 2": "Python-2.0",
@@ -124,9 +123,9 @@ def by_text(text: str) -> str | None:
     """The SPDX id of a text that is one well-known licence and nothing more; None otherwise."""
     words = _normal("\n".join(line for line in text.splitlines() if not _is_copyright_line(line)))
     for known in WELL_KNOWN:
-        if len(words) <= known.at_most and all(part in words for part in known.present):
-            if not any(part in words for part in known.absent):
-                return known.spdx_id
+        fits = len(words) <= known.at_most and all(part in words for part in known.present)
+        if fits and not any(part in words for part in known.absent):
+            return known.spdx_id
     return None
 
 

@@ -33,8 +33,8 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d)")
 def document(contents: Contents, subject: Subject, changelogs: Mapping[str, bytes]) -> dict[str, Any]:
     """A statement for every CVE that a Debian revision of a package of the image repairs.
 
-    `changelogs` are Debian changelogs, unpacked, by name of the source package. Raises ImageError when one is missing or
-    is not of the version in the image.
+    `changelogs` are Debian changelogs, unpacked, by name of the source package. Raises ImageError when one is missing
+    or is not of the version in the image.
     """
     statements = [
         _statement(cve, revision, source, version, purls, subject)
@@ -84,7 +84,7 @@ def _statement(
             }
         ],
         "status": "fixed",
-        "status_notes": f"Debian repaired it in {source} {revision}, by that package's changelog; the image has {version}.",
+        "status_notes": f"By the changelog of {source}, {revision} repaired it; the image has {version}.",
     }
 
 
