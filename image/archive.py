@@ -33,9 +33,14 @@ class Archive:
     def name_of(self, url: str) -> str:
         """Which archive an address belongs to; the longest base wins, since one may be the beginning of another."""
         for name, base in sorted(self.bases.items(), key=lambda item: -len(item[1])):
-            if url.startswith(base + "/"):
+            if _plain(url).startswith(_plain(base) + "/"):
                 return name
         raise ImageError(f"apt names {url}, which is in none of the archives {', '.join(self.bases.values())}")
+
+
+def _plain(url: str) -> str:
+    # apt quotes other characters than we do, and writes the address of a folder with one slash.
+    return urllib.parse.unquote(url).replace("file:///", "file:/")
 
 
 def of_machine(environ: Mapping[str, str] = os.environ) -> Archive:
@@ -54,34 +59,43 @@ def of_machine(environ: Mapping[str, str] = os.environ) -> Archive:
 
 
 def choose(targets: str) -> dict[str, str]:
-    """The archives among apt's index targets, lines of `BASE SUITE COMPONENT`; the first of each kind is taken.
+    """The archives among apt's index targets, lines of `BASE SUITE COMPONENT`.
 
-    Other vendors' archives use Debian's suites too, but not Debian's component with them under a path like Debian's.
+    Other vendors use Debian's suites too, so an address that ends like Debian's own comes first. Whether it really is
+    Debian's archive is not decided here: apt checks the signature.
     """
-    bases: dict[str, str] = {}
+    likely: dict[str, str] = {}
+    possible: dict[str, str] = {}
     for line in targets.splitlines():
         base, suite, component = ([*line.split(), "", "", ""])[:3]
-        codename, _, pocket = suite.partition("/")[0].partition("-")
+        codename, _, pocket = suite.partition("-")
         if component != "main" or codename not in CODENAMES or pocket not in ("", "updates", "security"):
             continue
-        name = "debian-security" if pocket == "security" or suite.endswith("/updates") else "debian"
-        if base.rstrip("/").endswith(name):
-            bases.setdefault(name, base)
-    return bases
+        name = "debian-security" if pocket == "security" else "debian"
+        chosen = likely if base.rstrip("/").endswith("/" + name) else possible
+        chosen.setdefault(name, base)
+    return possible | likely
 
 
 def _checked(base: str, variable: str) -> str:
     parts = urllib.parse.urlsplit(base)
     if parts.scheme == "mirror+file":
-        # A file with a list of mirrors, as cloud images have it: the first one is the preferred one.
-        lines = Path(parts.path).read_text(encoding="utf-8").split()
-        return _checked(lines[0].rstrip("/") if lines else "", variable)
+        return _checked(_first_mirror(Path(parts.path)), variable)
     if parts.scheme not in SCHEMES or (parts.scheme != "file" and not parts.hostname):
         raise ImageError(
             f"the archive {base!r} cannot be used: expected an address that begins with {', '.join(SCHEMES)}",
             f"set {variable} to the address of a mirror",
         )
     return base
+
+
+def _first_mirror(path: Path) -> str:
+    """The preferred one of a file with mirrors, as the images for clouds have it."""
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise ImageError(f"{path}: the list of mirrors cannot be read: {error.strerror}") from error
+    return words[0].rstrip("/") if words else ""
 
 
 def _apt_targets() -> str:

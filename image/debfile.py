@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import subprocess
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -14,34 +14,23 @@ from image.model import ImageError
 
 def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     """The files of a package in its own order, with the bytes of regular ones."""
-    with subprocess.Popen(
-        ["dpkg-deb", "--fsys-tarfile", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        output = cast(IO[bytes], process.stdout)
-        try:
-            yield from _tar(output, path)
-            while output.read(1 << 16):
-                pass  # what follows the archive's last block; dpkg-deb calls a pipe that closes before it an error
-        finally:
-            output.close()
-        message = cast(IO[bytes], process.stderr).read().decode(errors="replace").strip()
-    if process.returncode:
-        raise _damaged(path, message)
+    with _dpkg_deb("--fsys-tarfile", path) as output:
+        yield from _tar(output, path)
 
 
 def control_files(path: Path) -> Mapping[str, bytes]:
     """The files of a package's control part by name: control, md5sums, conffiles, postinst, triggers."""
-    data = _dpkg_deb("--ctrl-tarfile", path)
-    found = {}
-    for member, content in _tar(io.BytesIO(data), path):
-        if content is not None:
-            found[member.name.removeprefix("./")] = content
-    return found
+    with _dpkg_deb("--ctrl-tarfile", path) as output:
+        files = [(member.name.removeprefix("./"), content) for member, content in _tar(output, path)]
+    return {name: content for name, content in files if content is not None}
 
 
 def control(path: Path) -> dict[str, str]:
     """The fields of a package's control file, in its order; lines of a long field are joined with line feeds."""
-    return fields(control_files(path)["control"].decode())
+    files = control_files(path)
+    if "control" not in files:
+        raise _damaged(path, "it has no control file")
+    return fields(files["control"].decode())
 
 
 def fields(stanza: str) -> dict[str, str]:
@@ -67,11 +56,25 @@ def _tar(stream: IO[bytes], path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes
         raise _damaged(path, str(error)) from error
 
 
-def _dpkg_deb(option: str, path: Path) -> bytes:
-    result = subprocess.run(["dpkg-deb", option, str(path)], capture_output=True, check=False)
-    if result.returncode:
-        raise _damaged(path, result.stderr.decode(errors="replace").strip())
-    return result.stdout
+@contextlib.contextmanager
+def _dpkg_deb(option: str, path: Path) -> Iterator[IO[bytes]]:
+    """What dpkg-deb writes; it is an error when dpkg-deb ends with one after everything was read."""
+    argv = ["dpkg-deb", option, str(path)]
+    try:
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    except FileNotFoundError as error:
+        raise ImageError("dpkg-deb is missing: the image is built on a Debian machine", "run `make setup`") from error
+    with process:
+        output, errors = cast(IO[bytes], process.stdout), cast(IO[bytes], process.stderr)
+        try:
+            yield output
+            while output.read(1 << 16):
+                pass  # what follows the archive's last block: dpkg-deb calls a pipe that closes before it an error
+        finally:
+            output.close()  # dpkg-deb ends when nobody reads on
+        message = errors.read().decode(errors="replace").strip()
+    if process.returncode:
+        raise _damaged(path, message)
 
 
 def _damaged(path: Path, message: str) -> ImageError:

@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from image import archive, wheels
 from image.archive import Archive
@@ -72,7 +72,7 @@ def _complete(
         missing = _missing(paths)
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
-            with _exclusive(folder / "lock"):
+            with exclusive(folder / "lock"):
                 # Another fetcher may have brought them while this one waited.
                 missing = _missing({locked: paths[locked] for locked in missing})
                 if missing:
@@ -83,16 +83,13 @@ def _complete(
 
 
 def _missing(paths: Mapping[Locked, Path]) -> list[Locked]:
-    """Those that are not in the cache. A file there that is damaged is not the locked one, so it is missing too."""
+    """Those that are not in the cache. A file there that is damaged is missing too, and a download takes its place."""
 
     def absent(item: tuple[Locked, Path]) -> bool:
         locked, path = item
         try:
             check(path, locked)
-        except FileNotFoundError:
-            return True
-        except ImageError:
-            path.unlink(missing_ok=True)
+        except (FileNotFoundError, ImageError):
             return True
         return False
 
@@ -101,7 +98,8 @@ def _missing(paths: Mapping[Locked, Path]) -> list[Locked]:
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock file; who comes second waits."""
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
@@ -155,16 +153,14 @@ def _download(opener: urllib.request.OpenerDirector, url: str, package: DebPacka
             except urllib.error.HTTPError as error:
                 if error.code in (404, 410):
                     return False
-                failure = f"HTTP {error.code}"
-                if error.code < 500 and error.code != 429:
-                    raise _unreachable(package, failure) from error
+                failure, again = f"HTTP {error.code}", error.code >= 500 or error.code == 429
             except urllib.error.URLError as error:
-                if isinstance(error.reason, FileNotFoundError) or "FileNotFoundError" in str(error.reason):
-                    return False
-                failure = str(error.reason)
-            except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                failure = str(error) or type(error).__name__
-            if attempt == ATTEMPTS - 1:
+                if isinstance(error.reason, FileNotFoundError):
+                    return False  # an archive that is a folder
+                failure, again = str(error.reason), True
+            except http.client.HTTPException as error:
+                failure, again = f"{type(error).__name__} {error}", True
+            if not again or attempt == ATTEMPTS - 1:
                 raise _unreachable(package, failure)
             time.sleep(PAUSE_S * 2**attempt)
         check(partial, package)
@@ -179,7 +175,7 @@ def _receive(opener: urllib.request.OpenerDirector, url: str, partial: Path, pac
     left = package.size
     with opener.open(url, timeout=TIMEOUT_S) as response, partial.open("wb") as stream:
         # One byte more than locked shows a file that is too long, without letting it fill the disk.
-        while chunk := response.read(min(CHUNK, left + 1)):
+        while chunk := _read(response, min(CHUNK, left + 1)):
             stream.write(chunk)
             left -= len(chunk)
             if left < 0:
@@ -187,8 +183,16 @@ def _receive(opener: urllib.request.OpenerDirector, url: str, partial: Path, pac
                     f"{package.archive}/{package.path}: longer than the {package.size} bytes of the lock",
                     CHANGED,
                 )
-    if left > 0 and response.length:
-        raise http.client.IncompleteRead(b"", left)
+        if left > 0 and getattr(response, "length", None):
+            raise urllib.error.URLError(f"the connection ended {left} bytes before the file did")
+
+
+def _read(response: IO[bytes], size: int) -> bytes:
+    """Read from the network; its errors must not look like errors of the cache's file system."""
+    try:
+        return response.read(size)
+    except OSError as error:
+        raise urllib.error.URLError(error) from error
 
 
 def _unreachable(package: DebPackage, failure: str) -> ImageError:

@@ -1,14 +1,9 @@
-"""`make lock`: asks apt what the image and its builder need now, and writes the answer into the lock.
-
-apt works in a root of its own: no installed package, no source and no setting of this machine has a say, and it checks
-the archive's signature with the archive's keyring. Nothing is installed and no rights are needed.
-"""
+"""`make lock`: asks apt what the image and its builder need now, and writes the answer into the lock."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -17,24 +12,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from image import archive, lockfile, wheels
+from image import apt, archive, lockfile, wheels
 from image.archive import Archive
-from image.debfile import fields
-from image.lockfile import Lock
-from image.model import ARCHITECTURES, DebPackage, ImageError
+from image.fetch import exclusive
+from image.lockfile import Lock, normalised, package_key
+from image.model import ARCHITECTURES, ImageError
 
 ROOT = Path(__file__).resolve().parent.parent
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-APT_FOLDERS = (
-    "etc/apt.conf.d",
-    "etc/preferences.d",
-    "etc/sources.list.d",
-    "etc/trusted.gpg.d",
-    "etc/auth.conf.d",
-    "state/lists/partial",
-    "cache/archives/partial",
-    "tmp",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +64,9 @@ def asks(document: Mapping[str, object]) -> Asks:
         else:
             found += [Ask(f"{name}/{each}", str(each), install, alone) for each in _list(table["architectures"])]
     for ask in found:
+        for package in (*ask.install, *ask.alone):
+            if not lockfile.PACKAGE_NAME.fullmatch(package):
+                raise ValueError(f"[packages]: {ask.group} asks for {package!r}, which is not the name of a package")
         if ask.architecture not in ARCHITECTURES:
             raise ValueError(f"[packages]: {ask.group} is for {ask.architecture}; expected {', '.join(ARCHITECTURES)}")
     return Asks(suites, tuple(found), tuple(map(str, _list(_mapping(document["wheels"])["names"]))))
@@ -97,166 +84,94 @@ def _list(value: object) -> list[object]:
     return value
 
 
-class Apt:
-    """apt in a root of its own under `folder`, with the given archives and nothing else."""
-
-    def __init__(self, folder: Path, source: Archive, suites: Sequence[str], keyring: Path = KEYRING) -> None:
-        self.folder = folder.resolve()
-        self.source = source
-        if not keyring.is_file():
-            raise ImageError(f"{keyring} is missing: the archive's signature cannot be checked", "run `make setup`")
-        for name in APT_FOLDERS:
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._write("status", "")
-        self._write("sources.list", self._sources(suites, keyring))
-        self._write("apt.conf", self._configuration())
-
-    def _write(self, name: str, text: str) -> None:
-        (self.folder / name).write_text(text, encoding="utf-8")
-
-    def _sources(self, suites: Sequence[str], keyring: Path) -> str:
-        lines = []
-        for suite in suites:
-            base = self.source.bases["debian-security" if suite.endswith("-security") else "debian"]
-            lines.append(f"deb [signed-by={keyring} arch={','.join(ARCHITECTURES)}] {base} {suite} main\n")
-        return "".join(lines)
-
-    def _configuration(self) -> str:
-        settings = {
-            "Dir": str(self.folder),
-            "Dir::State": "state",
-            "Dir::State::status": str(self.folder / "status"),
-            "Dir::Cache": "cache",
-            "Dir::Etc": "etc",
-            "Dir::Etc::sourcelist": str(self.folder / "sources.list"),
-            "APT::Install-Recommends": "false",
-            "APT::Install-Suggests": "false",
-            "Acquire::Languages": "none",
-            "Acquire::ForceHash": "SHA256",
-            "Acquire::Retries": "3",
-            # apt's helpers keep our user: a folder that apt's own user cannot enter must do as well.
-            "APT::Sandbox::User": "root",
-        }
-        settings |= {f"Acquire::{scheme}::Proxy": value for scheme, value in self.source.proxies.items()}
-        return "".join(f'{name} "{value}";\n' for name, value in settings.items())
-
-    def update(self) -> None:
-        """Get the archives' indices; a signature that is missing or wrong is an error."""
-        self._run(ARCHITECTURES[0], ["apt-get", "update", "-qq", "-o", "APT::Update::Error-Mode=any"])
-
-    def resolve(self, ask: Ask) -> tuple[DebPackage, ...]:
-        """The packages that a group needs, sorted."""
-        printed = ""
-        if ask.install:
-            printed += self._run(ask.architecture, ["apt-get", "install", "-y", "-qq", "--print-uris", *ask.install])
-        if ask.alone:
-            printed += self._run(ask.architecture, ["apt-get", "download", "-qq", "--print-uris", *ask.alone])
-        urls = _read_uris(printed)
-        specs = sorted({_spec(name) for _, name, _ in urls.values()})
-        shown = self._run(ask.architecture, ["apt-cache", "show", *specs])
-        stanzas = {stanza.get("SHA256", ""): stanza for stanza in map(fields, shown.split("\n\n"))}
-        found = set()
-        for sha256, (url, name, size) in urls.items():
-            if sha256 not in stanzas:
-                raise ImageError(f"apt wants {name} with SHA-256 {sha256}, but its index does not describe it")
-            found.add(self._package(stanzas[sha256], self.source.name_of(url), size))
-        return tuple(sorted(found))
-
-    @staticmethod
-    def _package(stanza: Mapping[str, str], archive_name: str, size: int) -> DebPackage:
-        # `Source` is left out where it is the package itself; its version stands in brackets where it differs.
-        source, _, source_version = stanza.get("Source", stanza["Package"]).partition(" ")
-        return DebPackage(
-            name=stanza["Package"],
-            version=stanza["Version"],
-            architecture=stanza["Architecture"],
-            archive=archive_name,
-            path=stanza["Filename"],
-            sha256=stanza["SHA256"],
-            size=size,
-            source=source,
-            source_version=source_version.strip("()") or stanza["Version"],
+def require(lock: Lock, wanted: Asks) -> None:
+    """Raise when the lock is not an answer to what the definition asks for, which a newer definition may."""
+    members = {name: {key.partition(":")[0] for key in keys} for name, keys in lock.groups.items()}
+    lacking = [
+        f"{ask.group} {name}"
+        for ask in wanted.packages
+        for name in (*ask.install, *ask.alone)
+        if name not in members.get(ask.group, ())
+    ]
+    lacking += sorted({*members} - {ask.group for ask in wanted.packages})
+    locked_wheels = {normalised(wheel.name) for wheel in lock.wheels}
+    lacking += sorted(locked_wheels ^ set(map(normalised, wanted.wheels)))
+    if lacking or lock.suites != wanted.suites:
+        raise ImageError(
+            f"the lock is not that of the image's definition; they differ in {', '.join(lacking[:8]) or 'suites'}",
+            "run `make lock`",
         )
 
-    def _run(self, architecture: str, argv: Sequence[str]) -> str:
-        options = ["-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"]
-        if argv[1] == "update":
-            options = ["-o", f"APT::Architecture={architecture}", "-o", "APT::Architectures=" + ",".join(ARCHITECTURES)]
-        environ = dict(
-            os.environ, APT_CONFIG=str(self.folder / "apt.conf"), TMPDIR=str(self.folder / "tmp"), LC_ALL="C"
-        )
-        result = subprocess.run(
-            [*argv, *options], env=environ, cwd=self.folder, capture_output=True, text=True, check=False
-        )
-        if result.returncode:
-            raise ImageError(
-                f"`{' '.join(argv)}` failed for {architecture}: {(result.stderr or result.stdout).strip()}",
-                "check the network, the archive that apt's sources name, and what [packages] asks for",
-            )
-        return result.stdout
 
-
-def _read_uris(printed: str) -> dict[str, tuple[str, str, int]]:
-    """Address, file name and size by SHA-256, from lines of `'ADDRESS' NAME SIZE SHA256:HASH`."""
-    found = {}
-    for line in printed.splitlines():
-        url, name, size, digest = line.split()
-        kind, _, sha256 = digest.partition(":")
-        if kind != "SHA256":
-            raise ImageError(f"apt gives no SHA-256 for {name}: {line}")
-        found[sha256] = (url.strip("'"), name, int(size))
-    return found
-
-
-def _spec(name: str) -> str:
-    """What apt calls the package of a file name such as `libc6_2.41-12_arm64.deb`: `libc6:arm64=2.41-12`."""
-    package, version, architecture = name.removesuffix(".deb").split("_")
-    version = version.replace("%3a", ":")
-    return f"{package}={version}" if architecture == "all" else f"{package}:{architecture}={version}"
-
-
-def lock(wanted: Asks, requirements: str, cache: Path, source: Archive, keyring: Path = KEYRING) -> Lock:
+def resolve(wanted: Asks, requirements: str, cache: Path, source: Archive, keyring: Path = apt.KEYRING) -> Lock:
     """What the archives have now for everything that is asked for."""
-    apt = Apt(cache / "apt", source, wanted.suites, keyring)
-    apt.update()
-    groups = {ask.group: apt.resolve(ask) for ask in wanted.packages}
-    packages = {package for members in groups.values() for package in members}
+    folder = cache / "apt"
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / "lock"):
+        root = apt.Root(folder, source, wanted.suites, keyring)
+        root.update()
+        groups = {ask.group: root.resolve(ask.architecture, ask.install, ask.alone) for ask in wanted.packages}
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        found_wheels = wheels.resolve(wanted.wheels, requirements, Path(scratch))
+        found = wheels.resolve(wanted.wheels, requirements, Path(scratch))
+    packages = {package for members in groups.values() for package in members}
     return Lock(
         created=datetime.now(UTC).replace(microsecond=0),
         suites=wanted.suites,
-        packages=tuple(sorted(packages, key=lockfile.package_key)),
-        wheels=found_wheels,
-        groups={name: tuple(sorted(map(lockfile.package_key, members))) for name, members in groups.items()},
+        packages=tuple(sorted(packages, key=package_key)),
+        wheels=found,
+        groups={name: tuple(sorted(map(package_key, members))) for name, members in groups.items()},
     )
 
 
-def write(path: Path, fresh: Lock) -> bool:
-    """Write a lock unless the file says the same already, whenever that was; whether something was written."""
-    try:
-        if replace(fresh, created=lockfile.read(path).created) == lockfile.read(path):
-            return False
-    except ImageError:
-        pass  # a lock that cannot be read is what this command repairs
-    text = lockfile.render(fresh)
+def changes(before: Lock | None, after: Lock) -> list[str]:
+    """What a refresh changes, a line each; empty when the locks say the same, whenever they were made."""
+    if before is None:
+        return [f"new lock of {len(after.packages)} packages and {len(after.wheels)} wheels"]
+    if replace(before, created=after.created) == after:
+        return []
+    old, new = _versions(before), _versions(after)
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    lines = [f"{key}: {old.get(key, 'new')} -> {new.get(key, 'gone')}" for key in differing]
+    return lines or ["the same versions, with other files or in other groups"]
+
+
+def _versions(lock: Lock) -> dict[str, str]:
+    versions = {package_key(package): package.version for package in lock.packages}
+    return versions | {f"{wheel.name}:{wheel.architecture} (wheel)": wheel.version for wheel in lock.wheels}
+
+
+def write(path: Path, lock: Lock) -> None:
+    """Write a lock, whole or not at all, and only one that can be read again."""
+    text = lockfile.render(lock)
     lockfile.parse(text, str(path))
     beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-    return True
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise ImageError(f"{path}: the lock cannot be written: {error.strerror}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of `python -m image lock`."""
-    parser = argparse.ArgumentParser(prog="image lock", description="Lock the newest packages of the archives.")
+    parser = argparse.ArgumentParser(prog="image lock", description="Lock what the archives have now.")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 when the archives have other versions"
+    )
     parser.add_argument("--definition", type=Path, default=ROOT / "image" / "image.toml")
     parser.add_argument("--requirements", type=Path, default=ROOT / "requirements.lock")
     parser.add_argument("--lock", type=Path, default=ROOT / "image" / "lock.json")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "image")
     options = parser.parse_args(argv)
     requirements = options.requirements.read_text(encoding="utf-8")
-    fresh = lock(read_asks(options.definition), requirements, options.cache, archive.of_machine())
-    written = write(options.lock, fresh)
-    sys.stdout.write(f"lock: {options.lock}: {'written' if written else 'nothing changed'}\n")
-    return 0
+    fresh = resolve(read_asks(options.definition), requirements, options.cache, archive.of_machine())
+    try:
+        before = lockfile.read(options.lock)
+    except ImageError:
+        before = None  # a lock that is missing or damaged is what this command repairs
+    lines = changes(before, fresh)
+    if lines and not options.check:
+        write(options.lock, fresh)  # when nothing changed the file stays, with its old time
+    sys.stdout.write("".join(f"lock: {line}\n" for line in lines or ["nothing changed"]))
+    return 1 if lines and options.check else 0
