@@ -1,0 +1,313 @@
+"""The file system of one variant for one architecture, put together from packages, wheels, our own code and tables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from image import accounts, dpkgdb, elf, selection, trustedcas, unpack
+from image.binaries import Binaries
+from image.definition import Definition, Variant
+from image.documents import cyclonedx, purl
+from image.model import Component, Contents, DebPackage, Entry, EntryKind, ImageError, Wheel
+from image.tree import Tree
+from image.unpack import DOCUMENTS, Unpacked
+PYTHON = "usr/lib/python3.13"
+OWN = "usr/lib/meshcni"  # on the launcher's search path: our code and the wheels
+PLUGIN = "opt/cni/bin/istio-cni"
+TRAMPOLINE = "usr/local/bin/install-cni"
+LAUNCHER = "usr/local/lib/meshcni/install-cni"
+SBOM = "usr/share/meshcni/sbom/install-cni.cdx.json"
+AGENT, PLUGIN_KEY, LAUNCHER_KEY, IMAGE = "meshcni:agent", "meshcni:istio-cni", "meshcni:install-cni", "meshcni:image"
+_LICENCE_POINTER = re.compile(rb"/usr/share/common-licenses/([A-Za-z0-9.-]*[A-Za-z0-9])")
+_LICENCES = "usr/share/common-licenses"
+
+Compiler = Callable[[Mapping[str, bytes]], Mapping[str, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an image of one architecture is made of, all variants of it."""
+
+    architecture: str
+    debs: Mapping[str, Sequence[Unpacked]]  # by group of the lock, without the architecture
+    linked: Mapping[DebPackage, Unpacked]  # packages whose code was linked into the executables
+    wheels: Mapping[Wheel, Path]
+    binaries: Binaries
+    own_code: Mapping[str, bytes]  # by path below OWN
+    own_licence: bytes
+    compile: Compiler  # sources to byte code, both by the path they get
+
+
+def assemble(definition: Definition, variant: Variant, parts: Parts, created: datetime) -> Contents:
+    """Put the image together."""
+    return _Assembly(definition, variant, parts).contents(created)
+
+
+def own_code(sources: Path) -> dict[str, bytes]:
+    """Our package by path below OWN."""
+    files = sorted((sources / "meshcni").rglob("*"))
+    return {
+        path.relative_to(sources).as_posix(): path.read_bytes()
+        for path in files
+        if path.is_file() and path.suffix in (".py", ".typed", ".json", ".txt")
+    }
+
+
+class _Assembly:
+    def __init__(self, definition: Definition, variant: Variant, parts: Parts) -> None:
+        self.definition = definition
+        self.variant = variant
+        self.parts = parts
+        self.tree = Tree()
+        found = {one.package.name: one for group in variant.packages for one in parts.debs[group]}
+        self.debs = [found[name] for name in sorted(found)]
+        self.components: dict[str, Component] = {}
+
+    def contents(self, created: datetime) -> Contents:
+        self._packages()
+        self._own()
+        self._made()
+        self._select()
+        self._compile()
+        self._databases()
+        self._describe()
+        self.tree.complete(IMAGE)
+        if self.variant.package_database == "status.d":
+            self._put_bill_of_materials(created)
+        self.tree.check()
+        return self._contents()
+
+    # --- what goes in -------------------------------------------------------------------------------------------------
+
+    def _packages(self) -> None:
+        for unpacked in self.debs:
+            for entry in unpacked.entries:
+                self.tree.add(entry)
+        for copy in self.variant.copies:
+            below = f"{copy.source}/"
+            sources = [entry for path, entry in self.tree.entries.items() if f"{path}/".startswith(below)]
+            if not sources:
+                raise ImageError(f"image.toml: copy.from: no package has {copy.source}", "correct image.toml")
+            for entry in sources:
+                self.tree.put(replace(entry, path=copy.target + entry.path.removeprefix(copy.source)))
+
+    def _own(self) -> None:
+        """Our code, wheels and executables."""
+        own = Tree()
+        for locked, path in self.parts.wheels.items():
+            component, entries = unpack.wheel(locked, path, OWN)
+            self.components[component.key] = component
+            for entry in entries:
+                own.add(entry)
+        for path, data in self.parts.own_code.items():
+            own.file(f"{OWN}/{path}", data, AGENT)
+        own.remove(selection.removed(list(own.entries), self.definition.own_removals))
+        for entry in own.entries.values():
+            self.tree.add(entry)
+        version = self.definition.version
+        metadata = f"Metadata-Version: 2.4\nName: meshcni\nVersion: {version}\nLicense-Expression: Apache-2.0\n"
+        self.tree.file(f"{OWN}/meshcni-{version}.dist-info/METADATA", metadata.encode(), AGENT)
+        self._correct_records()
+        binaries = self.parts.binaries
+        self.tree.file(PLUGIN, binaries.plugin.data, PLUGIN_KEY, 0o755)
+        self.tree.file(LAUNCHER, binaries.launcher.data, LAUNCHER_KEY, 0o755)
+        self.tree.file(TRAMPOLINE, binaries.trampoline.data, LAUNCHER_KEY, 0o755)
+        trampoline = self.tree.entries[TRAMPOLINE]
+        self.tree.put(replace(trampoline, permitted_capabilities=self.definition.capabilities))
+
+    def _correct_records(self) -> None:
+        """Let each wheel's RECORD list the files that are there."""
+        for path in [path for path in self.tree.entries if path.endswith(".dist-info/RECORD")]:
+            lines = self.tree.data(path).decode().splitlines(keepends=True)
+            kept = [line for line in lines if f"{OWN}/{line.split(',', 1)[0].strip(chr(34))}" in self.tree]
+            self.tree.put(replace(self.tree.entries[path], data="".join(kept).encode()))
+
+    def _made(self) -> None:
+        """What maintainer scripts would do, and the image's own configuration."""
+        variant, tree = self.variant, self.tree
+        for directory in variant.directories:
+            tree.put(Entry(directory.path, EntryKind.DIRECTORY, directory.mode, IMAGE, directory.uid, directory.gid))
+        for link in variant.links:
+            tree.link(link.path, link.target, _key(link.package))
+        for file in variant.files:
+            tree.file(file.path, file.text.encode(), _key(file.package), file.mode)
+        masters = [
+            tree.data(path).decode() if path in tree else "" for path in (accounts.PASSWD_MASTER, accounts.GROUP_MASTER)
+        ]
+        for path, (mode, text) in accounts.files(variant.accounts, *masters).items():
+            tree.file(path, text.encode(), IMAGE, mode)
+        certificates = trustedcas.certificates(tree.entries)
+        key = unpack.deb_key("ca-certificates")
+        tree.file(trustedcas.BUNDLE, trustedcas.bundle({path: tree.data(path) for path in certificates}), key)
+        if variant.package_database == "dpkg":
+            tree.file(trustedcas.CONFIGURATION, trustedcas.configuration(tree.entries), key)
+
+    # --- what stays ---------------------------------------------------------------------------------------------------
+
+    def _select(self) -> None:
+        tree, variant = self.tree, self.variant
+        kept = {directory.path for directory in variant.directories}
+        leaving = selection.removed(tree.entries, variant.removals)
+        tree.remove(path for path in leaving if path not in kept)
+        if variant.has_every_library:
+            return
+        tree.remove(elf.unneeded_libraries(tree.entries, self.parts.architecture, self.definition.loaded_libraries))
+        tree.remove(self._left_over_documents())
+        tree.remove(self._unmentioned_licences())
+        made = {*kept, *(link.path for link in variant.links)}  # what image.toml asks for is never taken out silently
+        while gone := tree.pointless() - made:
+            tree.remove(gone)
+
+    def _left_over_documents(self) -> list[str]:
+        """The documents of packages of which nothing else stays, and to which no other's documents lead."""
+        documents: dict[str, list[str]] = {}
+        used = set()
+        for path, entry in self.tree.entries.items():
+            if entry.kind is EntryKind.DIRECTORY:
+                continue
+            if path.startswith(f"{DOCUMENTS}/"):
+                documents.setdefault(entry.component, []).append(path)
+            else:
+                used.add(entry.component)
+        for key in sorted(used):
+            for path in documents.get(key, ()):
+                entry = self.tree.entries[path]
+                if entry.kind is EntryKind.LINK:  # NAME -> OTHER, or NAME/copyright -> ../OTHER/copyright
+                    target = posixpath.normpath(posixpath.join(posixpath.dirname(path), entry.target))
+                    used.add(unpack.deb_key(target.removeprefix(f"{DOCUMENTS}/").split("/", 1)[0]))
+        return [path for key, paths in documents.items() if key not in used for path in paths]
+
+    def _unmentioned_licences(self) -> list[str]:
+        texts = [entry.data for entry in self.tree.files() if entry.path.startswith(f"{DOCUMENTS}/")]
+        names = {match.decode() for text in texts for match in _LICENCE_POINTER.findall(text)}
+        for name in list(names):
+            entry = self.tree.entries.get(f"{_LICENCES}/{name}")
+            if entry is not None and entry.kind is EntryKind.LINK:
+                names.add(entry.target)
+        below = f"{_LICENCES}/"
+        return [path for path in self.tree.entries if path.startswith(below) and path.removeprefix(below) not in names]
+
+    # --- what is derived ----------------------------------------------------------------------------------------------
+
+    def _compile(self) -> None:
+        """Byte code: of the standard library instead of its sources, which saves a third; of the rest beside them."""
+        tree = self.tree
+        folders = (OWN, PYTHON)
+        paths = [one.path for one in tree.files() if one.path.endswith(".py") and one.path.startswith(folders)]
+        compiled = self.parts.compile({path: tree.data(path) for path in paths})
+        for path in paths:
+            source = tree.entries[path]
+            folder, _, name = path.rpartition("/")
+            stem = name.removesuffix(".py")
+            if path.startswith(PYTHON) and not self.variant.has_every_library:
+                tree.remove([path])
+                place = f"{folder}/{stem}.pyc"
+            else:
+                place = f"{folder}/__pycache__/{stem}.cpython-313.pyc"
+            tree.file(place, compiled[path], source.component)
+
+    def _databases(self) -> None:
+        installed = [self._installed(one) for one in self.debs]
+        if self.variant.package_database == "dpkg":
+            for path, data in dpkgdb.database(installed).items():
+                self.tree.file(path, data, IMAGE)
+            files, links = dpkgdb.alternatives(self.variant.alternatives)
+            for path, data in files.items():
+                self.tree.file(path, data, IMAGE)
+            for path, target in links.items():
+                self.tree.link(path, target, IMAGE)
+            return
+        shipped = {(one.key, entry.path) for one in self.debs for entry in one.entries}
+        sums: dict[str, dict[str, str]] = {}
+        for entry in self.tree.files():
+            if (entry.component, entry.path) in shipped:
+                name = entry.component.removeprefix("deb:")
+                sums.setdefault(name, {})[entry.path] = _md5(entry.data)
+        used = {entry.component for entry in self.tree.entries.values() if entry.kind is not EntryKind.DIRECTORY}
+        staying = [one for one in installed if unpack.deb_key(one.name) in used]
+        for path, (name, data) in dpkgdb.status_files(staying, sums).items():
+            self.tree.file(path, data, unpack.deb_key(name))
+
+    def _installed(self, unpacked: Unpacked) -> dpkgdb.Installed:
+        conffiles = {}
+        data = {entry.path: entry.data for entry in unpacked.entries if entry.kind is EntryKind.FILE}
+        for line in unpacked.control_files.get("conffiles", b"").decode().splitlines():
+            path = line.split()[-1]
+            if path.lstrip("/") in data:
+                conffiles[path] = _md5(data[path.lstrip("/")])
+        paths = [entry.path for entry in unpacked.entries]
+        return dpkgdb.Installed(unpacked.control, unpacked.control_files, paths, conffiles)
+
+    def _describe(self) -> None:
+        """The components of everything that is there."""
+        used = {entry.component for entry in self.tree.entries.values() if entry.kind is not EntryKind.DIRECTORY}
+        for unpacked in self.debs:
+            if unpacked.key in used:
+                licences = unpack.copyright_of(unpacked, self.debs)
+                self.components[unpacked.key] = unpack.deb_component(unpacked, licences)
+        binaries = self.parts.binaries
+        contains = {
+            PLUGIN_KEY: binaries.plugin.linked,
+            LAUNCHER_KEY: (*binaries.launcher.linked, *binaries.trampoline.linked),
+        }
+        for package in sorted({package for packages in contains.values() for package in packages}):
+            unpacked = self.parts.linked[package]
+            licences = unpack.copyright_of(unpacked, self.parts.linked.values())
+            component = unpack.deb_component(unpacked, licences, "static")
+            self.components[component.key] = component
+        for key in (AGENT, PLUGIN_KEY, LAUNCHER_KEY, IMAGE):
+            names = tuple(sorted({f"static:{package.name}" for package in contains.get(key, ())}))
+            self.components[key] = self._own_component(key, names)
+        for key in list(self.components):
+            if key.startswith("pypi:") and key not in used:
+                del self.components[key]
+
+    def _own_component(self, key: str, contains: tuple[str, ...]) -> Component:
+        name = {AGENT: "meshcni", IMAGE: self.definition.name}.get(key, key.removeprefix("meshcni:"))
+        architecture = "all" if key in (AGENT, IMAGE) else self.parts.architecture
+        return Component(
+            key=key,
+            kind="meshcni",
+            name=name,
+            version=self.definition.version,
+            architecture=architecture,
+            purl=purl.own(name, self.definition.version, architecture),
+            licence_texts={"LICENSE": self.parts.own_licence},
+            contains=contains,
+        )
+
+    def _put_bill_of_materials(self, created: datetime) -> None:
+        name, version = self.definition.name, self.definition.version
+        bom = cyclonedx.document(self._contents(), name=name, version=version, created=created, files=False)
+        self.tree.file(SBOM, (json.dumps(bom, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode(), AGENT)
+        self.tree.complete(AGENT)
+
+    def _contents(self) -> Contents:
+        entries = tuple(self.tree.entries[path] for path in sorted(self.tree.entries))
+        for entry in entries:
+            if entry.component not in self.components:
+                self._directory_of_removed(entry)
+        entries = tuple(
+            entry if entry.component in self.components else replace(entry, component=IMAGE) for entry in entries
+        )
+        return Contents(self.parts.architecture, self.variant.name, entries, dict(sorted(self.components.items())))
+
+    def _directory_of_removed(self, entry: Entry) -> None:
+        """A directory may outlive the package that named it first; a file may not."""
+        if entry.kind is not EntryKind.DIRECTORY:
+            raise ImageError(f"/{entry.path} belongs to {entry.component}, which is no component of this image")
+
+
+def _key(package: str) -> str:
+    return unpack.deb_key(package) if package else IMAGE
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
