@@ -4,7 +4,8 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 SOURCES := src tests lab bench native image scripts
 
-.PHONY: help setup demo test check format test-pure test-kernel test-node bench plugin expected reference clean
+.PHONY: help setup demo test check format test-pure test-kernel test-node test-image bench plugin image lock push \
+	verify-image expected reference clean
 
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+: .*##' Makefile | sed -E 's/: .*##/\t/' | expand -t 16
@@ -18,7 +19,7 @@ demo: plugin     ## a real containerd starts pods, a real Envoy and a stand-in f
 check: setup     ## format, lint, types, contracts, pure tests
 	@scripts/check
 
-test: plugin     ## all tiers that this machine can run
+test: plugin image ## all tiers that this machine can run
 	@scripts/test
 
 test-pure: setup ## pure tier, with Python 3.13 too when there is one
@@ -30,11 +31,26 @@ test-kernel: setup ## real netfilter and packets in namespaces of the tests
 test-node: plugin ## containerd, Envoy, the built plugin and the agent
 	@scripts/test node
 
+test-image: image plugin ## what is in the image, how it is signed, and running it
+	@scripts/test image
+
 bench: plugin    ## costs as ratios to yardsticks of the same run
 	@$(PYTHON) -m bench
 
 plugin: setup    ## build/istio-cni, one static executable
 	@scripts/build-plugin
+
+image: setup     ## build/image, an OCI layout: both variants, both architectures
+	@$(PYTHON) -m image build
+
+lock: setup      ## image/lock.json anew, from what Debian's archive has now
+	@$(PYTHON) -m image lock
+
+push: image      ## the image with its attestations to REGISTRY=host/repository
+	@$(PYTHON) -m image push $(or $(REGISTRY),$(error say where to: make push REGISTRY=host/repository))
+
+verify-image: setup ## IMAGE=layout or reference: checks it and builds it again
+	@$(PYTHON) -m image verify --rebuild $(or $(IMAGE),$(error say which: make verify-image IMAGE=build/image))
 
 expected: setup  ## write the expected rule files anew; read the diff before committing it
 	@scripts/expected
