@@ -13,7 +13,7 @@ from image.model import Entry, EntryKind, ImageError
 PLACE = re.compile(r"usr/share/doc/[^/]+/(?P<name>changelog(?:\.Debian)?\.gz)")
 HEADING = re.compile(r"^(?P<source>[a-zA-Z0-9][a-zA-Z0-9+.-]*) \((?P<version>[^()\s]+)\) [^;]+;")
 TRAILER = re.compile(r"^ ?--")
-BULLET = re.compile(r"^(?P<indent>\s+)[*+-]\s")
+BULLET = re.compile(r"^\s+[*+-]\s")
 CVE = re.compile(r"\bCVE-\d{4}-\d{4,}\b")
 STABLE_UPDATE = re.compile(r"[+~]deb13u\d+")  # how revisions made for Debian 13 after its release are numbered
 # What a point says when its CVE ids are not, or no longer, repaired: the claim is withdrawn rather than risked.
@@ -98,19 +98,15 @@ def revisions(text: bytes, source: str) -> Iterator[Revision]:
 
 
 def _points(lines: list[str]) -> Iterator[str]:
-    """Each point in one line. A bullet begins a point; deeper ones belong to the last shallower one."""
+    """Each point in one line. What is indented more continues a point, or is one below it when it has a bullet."""
     above: list[tuple[int, list[str]]] = []  # the points that are open: indentation and words
-    for line in lines:
-        bullet = BULLET.match(line)
-        if bullet is None:
-            if line.strip() and above:
-                above[-1][1].append(line.strip())
-            elif line.strip():
-                above = [(0, [line.strip()])]
+    for line in filter(str.strip, lines):
+        indent = len(line.expandtabs()) - len(line.expandtabs().lstrip())
+        if above and not BULLET.match(line) and indent > above[-1][0]:
+            above[-1][1].append(line.strip())
             continue
         if above:
             yield _joined(above)
-        indent = len(bullet["indent"].expandtabs())
         above = [point for point in above if point[0] < indent] + [(indent, [line.strip()])]
     if above:
         yield _joined(above)

@@ -91,7 +91,7 @@ class _Found:
     def _expression(self, licence: dep5.Licence, parsed: dep5.Copyright, whole: str) -> str:
         """`A or B, and C` is `(A OR B) AND C`; without the comma, `and` binds first, as in SPDX."""
         if not all(_is_short_name(atom) for atom in _atoms(licence.synopsis)):
-            text = f"{licence.synopsis}\n{licence.text}".strip()  # the terms themselves instead of a name
+            text = f"{licence.synopsis}\n{licence.text}".strip() or whole  # the terms themselves instead of a name
             return licencenames.by_text(text) or self._reference(f"{self.origin}-terms", text)
 
         def clause(part: str) -> str:
