@@ -69,6 +69,11 @@ class Lock:
         return hashlib.sha256(render(self).encode()).hexdigest()
 
 
+def parse_time(text: str) -> datetime:
+    """A time as the lock writes it."""
+    return datetime.strptime(text, TIME_FORMAT).replace(tzinfo=UTC)
+
+
 def package_key(package: DebPackage) -> str:
     """How a group names a package."""
     return f"{package.name}:{package.architecture}"
@@ -154,7 +159,7 @@ class _Parser:
 
     def time(self, value: object) -> datetime:
         try:
-            created = datetime.strptime(str(value), TIME_FORMAT).replace(tzinfo=UTC)
+            created = parse_time(str(value))
         except ValueError:
             raise self.error("created", "a time such as 2026-01-31T12:00:00Z", repr(value)) from None
         if created.strftime(TIME_FORMAT) != value:
