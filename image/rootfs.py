@@ -197,16 +197,18 @@ class _Assembly:
     # --- what is derived ----------------------------------------------------------------------------------------------
 
     def _compile(self) -> None:
-        """Byte code: of the standard library instead of its sources, which saves a third; of the rest beside them."""
+        """Byte code: beside our own sources, so that errors show their lines, and instead of others', which saves a third."""
         tree = self.tree
         folders = (OWN, PYTHON)
         paths = [one.path for one in tree.files() if one.path.endswith(".py") and one.path.startswith(folders)]
+        small = (OWN,) if self.variant.has_every_library else folders
+        replaced = {path for path in paths if path.startswith(small) and tree.entries[path].component != AGENT}
         compiled = self.parts.compile({path: tree.data(path) for path in paths})
         for path in paths:
             source = tree.entries[path]
             folder, _, name = path.rpartition("/")
             stem = name.removesuffix(".py")
-            if path.startswith(PYTHON) and not self.variant.has_every_library:
+            if path in replaced:
                 tree.remove([path])
                 place = f"{folder}/{stem}.pyc"
             else:
