@@ -9,12 +9,12 @@ that the flaw is there and something keeps it from being used, which nobody has 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from image.documents import changelog, purl
 from image.documents.digests import identifier, timestamp
-from image.model import Contents, ImageError, Subject
+from image.model import Component, Contents, ImageError, Subject
 
 PREDICATE_TYPE = "https://openvex.dev/ns/v0.2.0"
 AUTHOR = "meshcni"
@@ -27,6 +27,9 @@ JUSTIFICATIONS = (
     "inline_mitigations_already_exist",
 )
 DOCUMENT_FIELDS = ("@context", "@id", "author", "timestamp", "version", "statements")
+# Cross libraries are built anew from another source package: `14.2.0-19cross1` of gcc-14-cross is gcc-14 14.2.0-19,
+# and has its changelog.
+CROSS_VERSION, CROSS_SOURCE = re.compile(r"(?P<version>.+)cross\d+"), "-cross"
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d)")
 
 
@@ -37,9 +40,9 @@ def document(contents: Contents, subject: Subject, changelogs: Mapping[str, byte
     or is not of the version in the image.
     """
     statements = [
-        _statement(cve, revision, source, version, purls, subject)
-        for (source, version), purls in sorted(_sources(contents).items())
-        for cve, revision in changelog.repaired(_changelog(changelogs, source), source, version).items()
+        _statement(cve, revision, origin, purls, subject)
+        for (source, *origin), purls in sorted(_sources(contents).items())
+        for cve, revision in changelog.repaired(_changelog(changelogs, source), *origin).items()
     ]
     return {
         "@context": PREDICATE_TYPE,
@@ -52,14 +55,21 @@ def document(contents: Contents, subject: Subject, changelogs: Mapping[str, byte
     }
 
 
-def _sources(contents: Contents) -> dict[tuple[str, str], list[str]]:
-    """The purls of the image's components by Debian source package and its version."""
-    found: dict[tuple[str, str], list[str]] = {}
+def _sources(contents: Contents) -> dict[tuple[str, str, str], list[str]]:
+    """The purls of the image's components by Debian source package, and the source and version its changelog is of."""
+    found: dict[tuple[str, str, str], list[str]] = {}
     for _, component in sorted(contents.components.items()):
         if component.source:
-            purls = found.setdefault((component.source, component.source_version), [])
+            purls = found.setdefault((component.source, *_origin(component)), [])
             purls += [component.purl] if component.purl not in purls else []
     return found
+
+
+def _origin(component: Component) -> tuple[str, str]:
+    cross = CROSS_VERSION.fullmatch(component.version)
+    if cross is not None and component.source.endswith(CROSS_SOURCE):
+        return component.source.removesuffix(CROSS_SOURCE), cross["version"]
+    return component.source, component.source_version
 
 
 def _changelog(changelogs: Mapping[str, bytes], source: str) -> bytes:
@@ -69,8 +79,9 @@ def _changelog(changelogs: Mapping[str, bytes], source: str) -> bytes:
 
 
 def _statement(
-    cve: str, revision: str, source: str, version: str, purls: list[str], subject: Subject
+    cve: str, revision: str, origin: Sequence[str], purls: Sequence[str], subject: Subject
 ) -> dict[str, Any]:
+    source, version = origin
     product = purl.oci(subject)
     return {
         "vulnerability": {"name": cve},

@@ -165,6 +165,23 @@ def test_a_package_without_changelog_or_with_that_of_another_version_is_an_error
         openvex.document(CONTENTS, SUBJECT, {"zlib": CHANGELOG.replace(b"1:1.3-1+deb13u1", b"9")})
 
 
+def test_a_cross_library_has_the_changelog_of_what_it_is_built_from() -> None:
+    cross = replace(
+        CONTENTS.components["static:zlib1g-dev"],
+        version="1:1.3-1+deb13u1cross2",
+        source="zlib-cross",
+        source_version="7",
+    )
+    contents = replace(CONTENTS, components={"static:zlib1g-dev": cross})
+    (statement,) = openvex.document(contents, SUBJECT, {"zlib-cross": CHANGELOG})["statements"]
+    assert statement["status_notes"] == (
+        "By the changelog of zlib, 1:1.3-1+deb13u1 repaired it; the image has 1:1.3-1+deb13u1."
+    )
+    other = replace(contents, components={"static:zlib1g-dev": replace(cross, version="1:1.2-1cross2")})
+    with pytest.raises(ImageError, match="the lock says 1:1.2-1"):
+        openvex.document(other, SUBJECT, {"zlib-cross": CHANGELOG})
+
+
 Change = Callable[[dict[str, Any]], object]
 
 
