@@ -163,9 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requirements", type=Path, default=ROOT / "requirements.lock")
     parser.add_argument("--lock", type=Path, default=ROOT / "image" / "lock.json")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "image")
+    parser.add_argument("--keyring", type=Path, default=apt.KEYRING, help="keys that may sign the archives")
     options = parser.parse_args(argv)
     requirements = options.requirements.read_text(encoding="utf-8")
-    fresh = resolve(read_asks(options.definition), requirements, options.cache, archive.of_machine())
+    wanted = read_asks(options.definition)
+    fresh = resolve(wanted, requirements, options.cache, archive.of_machine(), options.keyring)
     try:
         before = lockfile.read(options.lock)
     except ImageError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import shutil
 import subprocess
 import threading
@@ -36,7 +37,9 @@ def make_package(pool: Path, name: str, version: str = "1", architecture: str = 
     (tree / "usr" / "share" / name).write_text(f"{name} {version} {architecture}\n")
     (tree / "usr" / "share" / f"{name}-link").symlink_to(name)
     path = pool / f"{name}_{version.rpartition(':')[2]}_{architecture}.deb"
-    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", str(tree), str(path)], check=True, capture_output=True)
+    argv = ["dpkg-deb", "--root-owner-group", "--build", str(tree), str(path)]
+    # The same package has the same bytes whenever it is built: its times are clamped.
+    subprocess.run(argv, check=True, capture_output=True, env=os.environ | {"SOURCE_DATE_EPOCH": "1000000000"})
     shutil.rmtree(tree)
     return path
 
