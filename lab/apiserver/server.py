@@ -13,6 +13,7 @@ from typing import Any
 
 import h11
 
+from lab.apiserver.access import REVIEWS, Denials, review
 from lab.apiserver.faults import REASONS, Fault
 from lab.apiserver.objects import BY_PLURAL, KINDS, Cluster, Kind, Object, Refusal, parse_selection
 from lab.apiserver.tls import Certificates
@@ -57,6 +58,7 @@ class ApiServer:
         self.tokens = None if tokens is None else set(tokens)
         self.host, self.port = host, port
         self.certificates = certificates
+        self.denied = Denials()
         self.faults: list[Fault] = []
         self.requests: list[RequestRecord] = []
         self.watches: set[Watch] = set()
@@ -251,6 +253,10 @@ class ApiServer:
                 await self._suffer(connection, fault)
             if self.tokens is not None and token not in self.tokens:
                 raise Refusal(401, "Unauthorized", "Unauthorized")
+            if request.path == REVIEWS:
+                await connection.answer(201, review(request, self.denied))
+                return
+            self.denied.check(request)
             route = find_route(request)
             if request.is_watch and request.method == "GET" and not route.name:
                 await self._watch(connection, request, route)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshcni import __version__, istio
+from meshcni.agent import hostmounts, rundir, wiring
 from meshcni.agent import metrics as m
-from meshcni.agent import rundir, wiring
 from meshcni.agent.addserver import AddServer
 from meshcni.agent.health import Heartbeat, endpoint
 from meshcni.agent.installer import Callbacks, Installer, InstallStatus
@@ -29,6 +29,7 @@ from meshcni.agent.logs import labels
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.podadds import PodAdds
 from meshcni.agent.podlookup import PodLookup
+from meshcni.agent.prerequisites import Prerequisites
 from meshcni.agent.programming import Programmer
 from meshcni.agent.settings import Settings
 from meshcni.agent.shutdown import Identity, decide_shutdown, gather
@@ -55,6 +56,7 @@ GAUGE_SECONDS = 5.0
 MAX_LOG_BODY_BYTES = 1024 * 1024
 SHARE_OF_GRACE_TO_DECIDE = 0.6
 DRAIN_SECONDS = 5.0
+AMBIENT_MOUNTS = (hostmounts.RUN, hostmounts.PROC, hostmounts.ZTUNNEL)  # without them no pod can be enrolled
 CLEANING_SECONDS = 3.0  # of the grace period, for the host's part after pods were un-enrolled
 
 
@@ -74,6 +76,9 @@ class Agent:
         self.namespaces: Informer[Namespace] | None = None
         if settings.ambient_enabled:
             self.namespaces = Informer(self.api, NAMESPACES, namespace_from_object, metadata_only=True)
+        self.prerequisites = Prerequisites(
+            settings, self.api, [informer for informer in (self.pods, self.namespaces) if informer is not None]
+        )
         self.sockets = rundir.SocketPaths()
         self.installer = Installer(
             wiring.install_config(settings, plugin_log_level),
@@ -136,26 +141,33 @@ class Agent:
     async def _start(self) -> None:
         settings = self.settings
         log.info("install-cni %s on node %s", __version__, self.node)
-        for warning in (complaint(missing_capabilities()), *wiring.warnings(settings)):
-            if warning:
-                log.warning("%s", warning)
+        for warning in wiring.warnings(settings):
+            log.warning("%s", warning)
         run_dir = Path(settings.cni_agent_run_dir)
-        agent_socket = self._socket(listen_seqpacket, run_dir / istio.AGENT_SOCKET_NAME)
-        self._spawn("add-server", self.add_server.run(agent_socket))
-        await self._serve_unix(run_dir)
-        if self.ambient is not None:
+        reachable = not self.prerequisites.lacks(hostmounts.RUN)
+        await self._serve_control(run_dir, needed=reachable)
+        if reachable:
+            await self._serve_plugins(run_dir)
+        if self.ambient is not None and not self.prerequisites.lacks(*AMBIENT_MOUNTS):
             ztunnel_socket = self._socket(listen_seqpacket, Path(settings.ztunnel_uds_address), callable_by_us=False)
             self._spawn("ztunnel", self.ambient.ztunnel.run(ztunnel_socket))
             self._spawn("ambient", self.ambient.run())
         await self._serve_tcp()
-        self._spawn("installer", self.installer.run())  # once we are sure to stay: a conf without an agent stops pods
+        self._spawn("prerequisites", self.prerequisites.run())
+        self._spawn("installer", self._install())
         self._spawn("pods", self.pods.run())
         if self.namespaces is not None:
             self._spawn("namespaces", self.namespaces.run())
         self._spawn("heartbeat", self.heartbeat.run())
         self._spawn("gauges", self._gauges())
         self._spawn("run-dir", self._look_after(run_dir / istio.PLUGIN_LOG_NAME))
-        self._prepare = asyncio.get_running_loop().create_task(self.programmer.prepare())
+        if reachable:
+            self._prepare = asyncio.get_running_loop().create_task(self.programmer.prepare())
+
+    async def _install(self) -> None:
+        """Install once we are sure to stay and to be of use: a conf without an agent behind it stops pods."""
+        await self.prerequisites.released.wait()
+        await self.installer.run()
 
     def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Run a part that must not end before the agent ends it."""
@@ -169,7 +181,23 @@ class Agent:
             self._crashed = True
             self._end.set()
 
-    async def _serve_unix(self, run_dir: Path) -> None:
+    async def _serve_control(self, run_dir: Path, *, needed: bool) -> None:
+        """Let `install-cni status` ask; whether it runs as root or as we do, it is a process of our container."""
+        try:
+            listener = self._socket(listen_stream, run_dir / istio.CONTROL_SOCKET_NAME)
+        except SettingError as error:
+            if needed:
+                raise
+            log.warning("install-cni status cannot ask: %s", error.message)  # a read-only root file system, most likely
+            return
+        routes = {STATUS_PATH: self._status, UNINSTALL_PATH: self._uninstall}
+        users = frozenset({0, os.geteuid()})
+        await self._serve(WebServer(routes, users=users, on_refused=self._refusals("control")), listener)
+
+    async def _serve_plugins(self, run_dir: Path) -> None:
+        """What plugins ask, ours and the original's."""
+        agent_socket = self._socket(listen_seqpacket, run_dir / istio.AGENT_SOCKET_NAME)
+        self._spawn("add-server", self.add_server.run(agent_socket))
         logs = LogService(self.metrics)
         enroll = None
         if self.ambient is not None:
@@ -177,17 +205,15 @@ class Agent:
 
             enroll = PodEvents(self.lookup, wiring.policy(self.settings), self.ambient.add).handle
         events = EventService(self.metrics, enroll)
-        control = {STATUS_PATH: self._status, UNINSTALL_PATH: self._uninstall}
         for name, label, routes, limit, connections in (
             (istio.LOG_SOCKET_NAME, "log", {istio.LOG_PATH: logs.handle}, MAX_LOG_BODY_BYTES, MAX_CONNECTIONS),
             (istio.EVENT_SOCKET_NAME, "event", {istio.EVENT_PATH: events.handle}, MAX_EVENT_BYTES, MAX_EVENTS),
-            (istio.CONTROL_SOCKET_NAME, "control", control, 0, MAX_CONNECTIONS),
         ):
             server = WebServer(
                 routes,
                 max_body_bytes=limit,
                 max_connections=connections,
-                root_only=True,
+                users=frozenset({0}),
                 on_refused=self._refusals(label),
             )
             await server.start(self._socket(listen_stream, run_dir / name))
@@ -197,7 +223,7 @@ class Agent:
         """Health must be served, or nobody would notice; without metrics the agent still does its work."""
         settings = self.settings
         health = {
-            istio.READY_PATH: endpoint((self.not_ready,)),
+            istio.READY_PATH: endpoint((self.not_ready,), self.prerequisites.yaml),
             istio.LIVE_PATH: endpoint((self.not_live,)),
         }
         try:
@@ -254,6 +280,9 @@ class Agent:
         try:
             async with asyncio.timeout(grace):
                 await self._stop_installing()
+                if self.prerequisites.lacks(hostmounts.CONF):
+                    log.info("at shutdown: keep: without mounts there is nothing that could be taken away")
+                    return 0
                 if self.sockets.taken():
                     log.info("at shutdown: keep: another agent serves this node, what is installed is its own now")
                     return 0
@@ -348,7 +377,14 @@ class Agent:
         ]
         stopping = (f"the agent is shutting down ({self._stopping})",) if self._stopping else ()
         ambient = self.ambient.not_ready() if self.ambient is not None and not waiting else ()
-        return (*stopping, *self.sockets.reasons(), *self.installer.reasons, *waiting, *ambient)
+        return (
+            *stopping,
+            *self.prerequisites.reasons(),
+            *self.sockets.reasons(),
+            *self.installer.reasons,
+            *waiting,
+            *ambient,
+        )
 
     def not_live(self) -> tuple[str, ...]:
         """Why the process should be restarted."""
@@ -370,6 +406,7 @@ class Agent:
             adds=self.adds.recent,
             errors=self.metrics.series(m.ERRORS),
             missing_capabilities=complaint(missing_capabilities()),
+            missing=self.prerequisites.as_object(),
             ambient=self.ambient.status() if self.ambient is not None else None,
         )
         return Response(200, json.dumps(document, default=str).encode() + b"\n", JSON)
@@ -378,6 +415,8 @@ class Agent:
         """Take everything away on purpose and stay: the pod's end is somebody else's business."""
         if request.method != "POST":
             return Response(405, b"POST uninstalls\n")
+        if self.prerequisites.lacks(hostmounts.CONF, hostmounts.RUN):
+            return Response(500, "\n".join((*self.prerequisites.reasons(), self.prerequisites.yaml())).encode())
         try:
             left = _said(await self.ambient.unenroll_all()) if self.ambient is not None else ()
             files = await self._take_files(purge=request.query == PURGE_QUERY)

@@ -46,14 +46,20 @@ class Heartbeat:
         return (f"the event loop has not run for {age:.0f} s",) if age > self._stale_seconds else ()
 
 
-def endpoint(sources: Sequence[Reasons]) -> Handler:
-    """A handler that answers 200 and nothing when no source names a reason, else 503 and the reasons as JSON."""
+def endpoint(sources: Sequence[Reasons], remedy: Callable[[], str] = str) -> Handler:
+    """A handler that answers 200 and nothing when no source names a reason, else 503 and the reasons as JSON.
+
+    `remedy` is what to put into the manifest, as YAML, if that is the reason.
+    """
 
     async def answer(_request: Request) -> Response:
         reasons = [reason for source in sources for reason in source()]
         if not reasons:
             return Response()
-        document = {"status": "Service Unavailable", "reasons": reasons}  # upstream's whole body is that status text
+        # Upstream's whole body is that status text.
+        document: dict[str, object] = {"status": "Service Unavailable", "reasons": reasons}
+        if yaml := remedy():
+            document["yaml"] = yaml
         return Response(503, json.dumps(document).encode() + b"\n", JSON)
 
     return answer

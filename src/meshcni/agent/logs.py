@@ -32,7 +32,8 @@ LEVEL_NUMBERS = {
     "none": NEVER,
 }
 LEVEL_NAMES = {number: name for name, number in LEVEL_NUMBERS.items()}
-JSON_KEYS = ("level", "time", "scope", "caller", "msg", "stack")  # a label of the same name is not printed
+# A label of the same name is not printed.
+JSON_KEYS = ("level", "time", "scope", "caller", "msg", "stack", "attachment")
 
 agent_log = logging.getLogger(AGENT)
 plugin_log = logging.getLogger(PLUGIN)
@@ -70,6 +71,11 @@ def levels(pairs: Iterable[tuple[str, str]], other: int = logging.INFO) -> Level
 def labels(**values: object) -> dict[str, object]:
     """The `extra` argument of a log call: key and value pairs that follow the message."""
     return {"labels": values}
+
+
+def attached(text: str) -> dict[str, object]:
+    """The `extra` argument of a log call whose message is followed by lines to copy, such as YAML."""
+    return {"attachment": text}
 
 
 def configure(
@@ -113,7 +119,7 @@ def forward(line: LogLine) -> None:
 
 
 class LineFormatter(logging.Formatter):
-    """One record, one line (a stack or traceback may follow in text format)."""
+    """One record, one line (an attachment, a stack or a traceback may follow in text format)."""
 
     def __init__(self, shape: Format) -> None:
         super().__init__()
@@ -134,6 +140,7 @@ class LineFormatter(logging.Formatter):
                 "caller": caller,
                 "msg": message,
                 "stack": stack,
+                "attachment": getattr(record, "attachment", ""),
             }
             document = {key: value for key, value in known.items() if value}
             document |= {key: value for key, value in values.items() if key not in JSON_KEYS}
@@ -141,7 +148,7 @@ class LineFormatter(logging.Formatter):
         parts = [time, level, "" if scope == DEFAULT else scope, caller, printable(message)]
         parts.append(" ".join(f"{key}={printable(_text(value))}" for key, value in values.items()))
         line = "\t".join(part for part in parts if part)
-        return f"{line}\n{stack}" if stack else line
+        return "\n".join(filter(None, (line, getattr(record, "attachment", "").rstrip(), stack)))
 
     def _stack(self, record: logging.LogRecord, scope: str) -> str:
         """The traceback of an exception that is being logged, or the call stack when the level asks for it."""

@@ -14,6 +14,7 @@ from meshcni.agent.hostside import HostSideError
 from meshcni.agent.metrics import METRICS
 from meshcni.agent.netnssearch import NetnsNotFoundError
 from meshcni.agent.podadds import AGENT_REASONS, AddRefusedError
+from meshcni.agent.privileges import EXIT_STATUS, PrivilegesError
 from meshcni.agent.reconciler import EnrollmentError
 from meshcni.agent.settings import ROWS, Effect, Section
 from meshcni.agent.steps import SandboxGoneError
@@ -28,6 +29,11 @@ EXIT_CODES: tuple[tuple[str, str, str], ...] = (
     ("install-cni", "0", "ended after a signal, as asked; a sub-command did its work"),
     ("install-cni", "1", "a setting cannot be used, a port or socket cannot be opened, a part ended by itself"),
     ("install-cni", "2", "the command line cannot be understood"),
+    (
+        "install-cni",
+        str(EXIT_STATUS),
+        "a capability is missing without which the configured mode cannot work; nothing was touched",
+    ),
     ("install-cni", "130, 143", "a second SIGINT, SIGTERM: left at once"),
     ("install-cni status", "1", "the agent is not ready, or none answers"),
     ("istio-cni", "0", "success; the result, if there is one, is on standard output"),
@@ -56,6 +62,7 @@ ERROR_CLASSES: tuple[type[MeshCniError], ...] = (
     EnrollmentError,
     HostSideError,
     NetnsNotFoundError,
+    PrivilegesError,
     SandboxGoneError,
     NftUnavailableError,
     ApiError,

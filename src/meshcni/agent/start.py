@@ -8,10 +8,11 @@ import os
 import resource
 from collections.abc import Sequence
 
-from meshcni.agent import logs
+from meshcni.agent import logs, privileges
 from meshcni.agent.resolution import FLAGS, settle, show
 from meshcni.agent.settings import Settings
 from meshcni.errors import SettingError, UsageError
+from meshcni.host import procfs
 from meshcni.pflag import parse
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ ENOUGH_DESCRIPTORS = 4096  # for 500 ambient pods, and for all of them to start 
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the agent until it ends; returns the exit status. Raises UsageError and SettingError."""
+    """Run the agent until it ends; returns the exit status. Raises UsageError, SettingError and PrivilegesError."""
     parsed = parse(FLAGS, arguments)
     if parsed.help:
         from meshcni.agent.__main__ import main
@@ -34,6 +35,9 @@ def run(arguments: Sequence[str]) -> int:
     for shown in show(settings):
         if shown.origin != "default":
             log.info("setting %s=%s", shown.row.name, shown.value, extra=logs.labels(origin=shown.origin))
+    lacking = privileges.check(settings, procfs.privileges())
+    if lacking:
+        log.warning("%s", lacking)
     _raise_descriptor_limit()
     from meshcni.agent.app import Agent  # the heavy part, after errors in settings have been told
 

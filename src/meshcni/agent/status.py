@@ -25,6 +25,7 @@ def snapshot(
     adds: Iterable[AddRecord],
     errors: Mapping[str, float],
     missing_capabilities: str,
+    missing: Mapping[str, object] | None = None,
     ambient: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The status document. Keys are stable; times are UTC, durations name their unit."""
@@ -46,6 +47,7 @@ def snapshot(
         "adds": [asdict(record) for record in adds],
         "errors": dict(errors),
         "missingCapabilities": missing_capabilities,
+        "missing": missing,
         "ambient": ambient,
     }
 

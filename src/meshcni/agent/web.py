@@ -53,8 +53,8 @@ Handler = Callable[[Request], Awaitable[Response]]
 class WebServer:
     """Serves a table of exact paths on one listening socket.
 
-    `root_only` closes connections of peers that are not root (Unix sockets); `on_refused` hears the cause of each
-    connection or request that was refused: `peer`, `busy`, `malformed`, `oversized`, `slow`.
+    Connections of peers that are none of the `users` are closed (Unix sockets; None: nobody is asked). `on_refused`
+    hears the cause of each connection or request that was refused: `peer`, `busy`, `malformed`, `oversized`, `slow`.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class WebServer:
         *,
         max_body_bytes: int = 0,
         max_connections: int = MAX_CONNECTIONS,
-        root_only: bool = False,
+        users: frozenset[int] | None = None,
         on_refused: Callable[[str], None] = lambda cause: None,
     ) -> None:
         self._routes = routes
         self._max_body_bytes = max_body_bytes
         self._max_connections = max_connections
-        self._root_only = root_only
+        self._users = users
         self._on_refused = on_refused
         self._connections: set[asyncio.Task[None]] = set()
         self._waiting: dict[asyncio.Task[None], None] = {}  # for a whole request, the longest waiting first
@@ -102,7 +102,7 @@ class WebServer:
         task = asyncio.current_task()
         assert task is not None
         connection: socket.socket = writer.get_extra_info("socket")
-        if self._root_only and peer_credentials(connection).uid != 0:
+        if self._users is not None and peer_credentials(connection).uid not in self._users:
             self._refuse(writer, "peer")
             return
         if len(self._connections) >= self._max_connections and not self._make_room():

@@ -48,9 +48,16 @@ def _as_text(document: Mapping[str, Any]) -> str:
     ]
     if document["missingCapabilities"]:
         rows.append(("privileges", document["missingCapabilities"]))
+    missing = document.get("missing")
+    rows += [("degraded", text) for text in missing["degrades"]] if missing else []
     lines = [f"{name:<10} {text}" for name, text in rows]
     ambient = _ambient(document.get("ambient"))
-    return "\n".join([*lines, "", *ambient, *_adds(document["adds"])])
+    return "\n".join([*lines, "", *_remedy(missing), *ambient, *_adds(document["adds"])])
+
+
+def _remedy(missing: Mapping[str, Any] | None) -> list[str]:
+    """What to put into the agent's manifest."""
+    return ["to be put into the manifest:", *missing["yaml"].splitlines(), ""] if missing else []
 
 
 def _ambient(ambient: Mapping[str, Any] | None) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from meshcni.rules.model import Family
 
 # Listed here are the legacy tables that exist; reading the file makes none, unlike every legacy command.
@@ -32,7 +34,25 @@ def boot_id() -> str:
 
 def effective_capabilities() -> int:
     """Return the effective capabilities of this process, bit N standing for capability number N."""
-    for line in (read_text("/proc/thread-self/status") or "").splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return 0
+    return privileges().effective
+
+
+@dataclass(frozen=True, slots=True)
+class Privileges:
+    """The capabilities that this process has and may ever have, as bit sets, and whether programs may give it more."""
+
+    effective: int
+    bounding: int
+    no_new_privileges: bool
+    uid: int
+
+
+def privileges(text: str | None = None) -> Privileges:
+    """Return this thread's privileges, or those in `text`, a status file of /proc; none where it does not say."""
+    text = read_text("/proc/thread-self/status") or "" if text is None else text
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+
+    def value(name: str, base: int = 10) -> int:
+        return int((fields.get(name, "").split() or ["0"])[0], base)
+
+    return Privileges(value("CapEff", 16), value("CapBnd", 16), bool(value("NoNewPrivs")), value("Uid"))

@@ -60,6 +60,7 @@ NAMESPACES = Resource("", "v1", "namespaces")
 NODES = Resource("", "v1", "nodes")
 EVENTS = Resource("", "v1", "events")
 DAEMONSETS = Resource("apps", "v1", "daemonsets")
+ACCESS_REVIEWS = Resource("authorization.k8s.io", "v1", "selfsubjectaccessreviews")
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,36 @@ class KubeApi:
     async def create_event(self, namespace: str, event: Object, *, timeout: float = CALL_SECONDS) -> None:
         """Post a core/v1 Event into `namespace`."""
         await self._json("POST", EVENTS.path(namespace), body=event, timeout=timeout)
+
+    async def may(
+        self,
+        verb: str,
+        resource: Resource,
+        *,
+        subresource: str = "",
+        name: str = "",
+        namespace: str = "",
+        timeout: float = CALL_SECONDS,
+    ) -> bool:
+        """Whether the API server would allow us `verb` on a resource, in one namespace or (empty) in all of them."""
+        attributes = {
+            "verb": verb,
+            "group": resource.group,
+            "resource": resource.plural,
+            "subresource": subresource,
+            "name": name,
+            "namespace": namespace,
+        }
+        body = {
+            "apiVersion": f"{ACCESS_REVIEWS.group}/{ACCESS_REVIEWS.version}",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": {key: value for key, value in attributes.items() if value}},
+        }
+        answer = await self._json("POST", ACCESS_REVIEWS.path(), body=body, timeout=timeout)
+        status = answer.get("status")
+        if not isinstance(status, dict) or not isinstance(status.get("allowed"), bool):
+            raise without_answer(failures.BROKEN, describe("POST", ACCESS_REVIEWS.path()), "the answer is no review")
+        return bool(status["allowed"])
 
     @asynccontextmanager
     async def watch(
