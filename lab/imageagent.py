@@ -26,6 +26,7 @@ MANIFEST = ROOT / "docs" / "manifests" / "istio-cni-node.yaml"
 VARIABLE = "MESHCNI_NODE_AGENT"  # which agent a lab node has: one of AGENTS
 POD_UID = "00000000-0000-4000-9000-000000000001"
 IMPORT_SECONDS = 30.0
+NFT = "/usr/sbin/nft"
 HOST_BINARIES, HOST_CONFS = "/opt/cni/bin", "/etc/cni/net.d"
 ROOT_USER = {"runAsUser": 0, "runAsGroup": 0, "runAsNonRoot": False}  # as Istio's own chart
 PRIVILEGED = {"privileged": True, "runAsUser": None, "runAsGroup": None, "capabilities": {}}  # nothing else said
@@ -102,6 +103,7 @@ class ImageAgent(Agent):
         """Its pod, which its containers share one after the other."""
         if self._pod is None:
             import_image(self.runtime, self.image)
+            use_nft_of(self.node, self.image)
             privileged = bool(self._security.get("privileged", self.manifest.is_privileged))
             pod = Pod(self.runtime, AGENT_NAMESPACE, POD_NAME, POD_UID, privileged=privileged)
             pod.start()
@@ -157,6 +159,17 @@ def import_image(runtime: Containerd, image: Image) -> None:
     archive = image.write_archive(runtime.node.folder / "image.tar")
     runtime.node.run([*images, "import", "--no-unpack", str(archive)], timeout_seconds=IMPORT_SECONDS)
     archive.unlink()
+
+
+def use_nft_of(node: Node, image: Image) -> None:
+    """Have the node's `nft` be that of the image: an older one ends in SIGSEGV over sets of a newer one.
+
+    Debian 12's 1.0.6 does over any named set that 1.1.3 declared with `type`.
+    """
+    root, program = image.unpack(node.folder / "image-root"), node.folder / "nft"
+    program.write_text(f'#!/bin/sh\nexec chroot {root} nft "$@"\n')
+    program.chmod(0o755)
+    node.run(["mount", "--bind", str(program), NFT])
 
 
 def make_agent(
