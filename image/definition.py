@@ -95,7 +95,7 @@ class Variant:
     shell: str  # for the labels: empty means there is none
     package_manager: str
     package_database: str
-    has_every_library: bool
+    whole_packages: bool  # else only the libraries that something needs stay, and nothing that became pointless
     environment: Mapping[str, str]
     removals: tuple[Removal, ...]
     copies: tuple[Copy, ...]
@@ -223,9 +223,6 @@ def _variant(name: str, table: TomlTable, environment: Mapping[str, str], shared
     database = table.text("package-database")
     if database not in PACKAGE_DATABASES:
         raise table.wrong("package-database", f"one of {', '.join(PACKAGE_DATABASES)}", repr(database))
-    libraries = table.text("libraries")
-    if libraries not in ("needed", "all"):
-        raise table.wrong("libraries", "needed or all", repr(libraries))
     variant = Variant(
         name=name,
         extends=table.text("extends", ""),
@@ -235,7 +232,7 @@ def _variant(name: str, table: TomlTable, environment: Mapping[str, str], shared
         shell=table.text("shell"),
         package_manager=table.text("package-manager"),
         package_database=database,
-        has_every_library=libraries == "all",
+        whole_packages=table.flag("whole-packages"),
         environment={**environment, **table.mapping("environment", {})},
         removals=tuple(_removal(row) for row in shared.of("remove", name)),
         copies=tuple(_copy(row) for row in shared.of("copy", name)),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from image.definition import Alternative
 
 STATUS_FOLDER = "var/lib/dpkg/status.d"
 _INFO = "var/lib/dpkg/info"
+_TRIGGERS = "var/lib/dpkg/triggers"
 _ALTERNATIVES = "var/lib/dpkg/alternatives"
 _FIRST = ("Package", "Status")
 
@@ -70,7 +72,23 @@ def database(packages: Sequence[Installed]) -> dict[str, bytes]:
                 found[f"{stem}.{name}"] = data
         paragraphs.append(_status(package))
     found["var/lib/dpkg/status"] = "\n".join(paragraphs).encode()
-    return found
+    return found | _triggers(packages)
+
+
+def _triggers(packages: Sequence[Installed]) -> dict[str, bytes]:
+    """Who wants to know when a file or a named trigger is touched (deb-triggers(5))."""
+    lines: dict[str, list[str]] = {"File": [], "Unincorp": []}
+    for package in packages:
+        for line in package.control_files.get("triggers", b"").decode().splitlines():
+            directive, _, trigger = line.partition(" ")
+            if not directive.startswith("interest"):
+                continue
+            name = package.info_name + ("/noawait" if directive == "interest-noawait" else "")
+            if trigger.startswith("/"):
+                lines["File"].append(f"{trigger} {name}")
+            else:
+                lines.setdefault(trigger, []).append(name)
+    return {f"{_TRIGGERS}/{name}": "".join(f"{line}\n" for line in sorted(found)).encode() for name, found in lines.items()}
 
 
 def _status(package: Installed) -> str:
@@ -89,19 +107,22 @@ def _paragraph(fields: Mapping[str, str]) -> str:
 
 
 def alternatives(rows: Iterable[Alternative]) -> tuple[dict[str, bytes], dict[str, str]]:
-    """What update-alternatives records, and the links it makes."""
+    """What update-alternatives records, and the links it makes: those of the choice with the highest priority."""
     files: dict[str, bytes] = {}
     links: dict[str, str] = {}
-    for row in rows:
-        followers = sorted(row.followers.items())
-        names = [link.rsplit("/", 1)[1] for link, _ in followers]
-        lines = ["auto", f"/{row.link}"]
-        for name, (link, _) in zip(names, followers, strict=True):
+    for _, found in groupby(sorted(rows, key=lambda one: (one.name, one.priority)), key=lambda one: one.name):
+        choices = list(found)
+        best = choices[-1]
+        places = {link.rsplit("/", 1)[1]: link for link in sorted(best.followers)}
+        lines = ["auto", f"/{best.link}"]
+        for name, link in places.items():
             lines += [name, f"/{link}"]
-        lines += ["", f"/{row.target}", str(row.priority), *(f"/{target}" for _, target in followers), "", ""]
-        files[f"{_ALTERNATIVES}/{row.name}"] = "\n".join(lines).encode()
-        pairs = [(row.name, row.link, row.target), *((n, link, to) for n, (link, to) in zip(names, followers, strict=True))]
-        for name, link, target in pairs:
+        lines.append("")
+        for choice in sorted(choices, key=lambda one: one.target):
+            lines += [f"/{choice.target}", str(choice.priority)]
+            lines += [f"/{choice.followers[link]}" if link in choice.followers else "" for link in places.values()]
+        files[f"{_ALTERNATIVES}/{best.name}"] = "\n".join([*lines, "", ""]).encode()
+        for name, link in {best.name: best.link, **places}.items():
             links[link] = f"/etc/alternatives/{name}"
-            links[f"etc/alternatives/{name}"] = f"/{target}"
+            links[f"etc/alternatives/{name}"] = f"/{best.followers.get(link, best.target)}"
     return files, links

@@ -81,7 +81,7 @@ class _Assembly:
         self.tree.complete(IMAGE)
         if self.variant.package_database == "status.d":
             self._put_bill_of_materials(created)
-        self.tree.check()
+        self.tree.check([*(link.path for link in self.variant.links), *(row.link for row in self.variant.alternatives)])
         return self._contents()
 
     # --- what goes in -------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class _Assembly:
         kept = {directory.path for directory in variant.directories}
         leaving = selection.removed(tree.entries, variant.removals)
         tree.remove(path for path in leaving if path not in kept)
-        if variant.has_every_library:
+        if variant.whole_packages:
             return
         tree.remove(elf.unneeded_libraries(tree.entries, self.parts.architecture, self.definition.loaded_libraries))
         tree.remove(self._left_over_documents())
@@ -201,7 +201,7 @@ class _Assembly:
         tree = self.tree
         folders = (OWN, PYTHON)
         paths = [one.path for one in tree.files() if one.path.endswith(".py") and one.path.startswith(folders)]
-        small = (OWN,) if self.variant.has_every_library else folders
+        small = (OWN,) if self.variant.whole_packages else folders
         replaced = {path for path in paths if path.startswith(small) and tree.entries[path].component != AGENT}
         compiled = self.parts.compile({path: tree.data(path) for path in paths})
         for path in paths:

@@ -29,6 +29,10 @@ class TomlTable:
         """The number under `key`."""
         return self._get(key, int, default)
 
+    def flag(self, key: str) -> bool:
+        """True or false under `key`."""
+        return self._get(key, bool, _REQUIRED)
+
     def mode(self, key: str, default: str = _REQUIRED) -> int:
         """Permission bits, written as a text of octal digits."""
         text = self.text(key, default)

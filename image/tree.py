@@ -75,14 +75,17 @@ class Tree:
                 self.put(Entry(parent, EntryKind.DIRECTORY, 0o755, component))
                 parent = posixpath.dirname(parent)
 
-    def check(self) -> None:
-        """Refuse an entry below something that is no directory, and a link within the image that leads nowhere."""
+    def check(self, links: Iterable[str]) -> None:
+        """Refuse an entry below something that is no directory, and one of `links` that leads nowhere."""
         for path, entry in self.entries.items():
             parent = posixpath.dirname(path)
             if parent and self.entries[parent].kind is not EntryKind.DIRECTORY:
                 raise ImageError(f"/{path} lies below /{parent}, which is no directory")
-            if entry.kind is EntryKind.LINK and not self.resolves(path):
-                raise ImageError(f"the link /{path} to {entry.target} leads nowhere", "remove it in image.toml")
+        for path in links:
+            if not self.resolves(path):
+                raise ImageError(
+                    f"the link /{path} to {self.entries[path].target} leads nowhere", "correct or remove it in image.toml"
+                )
 
     def resolves(self, path: str) -> bool:
         """Tell whether `path` exists when links are followed; what runs or mounts put below /proc counts as there."""
