@@ -98,11 +98,16 @@ def launcher_commands(tools: recipe.Tools) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def compile_python(toolchain: Toolchain, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
-    """Path of a module in an image, without leading slash -> its bytecode, which is never compared with the source."""
+def compile_python(toolchain: Toolchain, files: Mapping[str, bytes], *, positions: bool = True) -> Mapping[str, bytes]:
+    """Path of a module in an image, without leading slash -> its bytecode, which is never compared with the source.
+
+    `positions` of columns are what a traceback marks a part of the source line with. Where the source is not in the
+    image they are of no use, and they make a fifth of the compressed standard library.
+    """
     sources = {f"root/{path}": data for path, data in sorted(files.items())}
     script = {"bytecode.py": (LAUNCHER / "bytecode.py").read_bytes()}
-    command = (f"python{PYTHON}", "-sSP", "bytecode.py", "root")
+    without = () if positions else ("-X", "no_debug_ranges")
+    command = (f"python{PYTHON}", "-sSP", *without, "bytecode.py", "root")
     made = toolchain.run(Job(sources | script, (command,), tuple(f"{name}c" for name in sources)))
     return {path: made[f"root/{path}c"] for path in files}
 

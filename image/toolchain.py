@@ -7,9 +7,11 @@ commands and the names of what they make; its results are kept in the cache by a
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from image import debfile
@@ -29,7 +31,7 @@ NATIVE = "amd64"  # what the programs of the root run on
 LAYOUT = 1  # of an unpacked root; another number makes those in the caches stale
 MERGED = ("bin", "sbin", "lib", "lib64")
 # A root of its own is all that is needed. In a user namespace anybody may enter it; root may where there are none.
-WAYS = (("unshare", "--user", "--map-root-user", "--mount", "chroot"), ("chroot",))
+WAYS = (("unshare", "--user", "--map-root-user", "chroot"), ("chroot",))
 ENVIRONMENT = ("PATH=/usr/bin", "LC_ALL=C", "TZ=UTC", "TMPDIR=.", "PYTHONHASHSEED=0", "PYTHONDONTWRITEBYTECODE=1")
 MESSAGE_LINES = 30
 
@@ -49,33 +51,27 @@ class Job:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
 class Toolchain:
-    """The compilers, Python and gzip of the lock. `cache` is the folder that the builder keeps its files in."""
+    """The compilers, Python and gzip of the lock."""
 
-    lock: Lock
-    cache: Path
-    parts: Mapping[str, tuple[DebPackage, ...]] = field(init=False)  # place in the root -> what is unpacked there
-
-    def __post_init__(self) -> None:
-        parts = {sysroot(architecture).strip("/"): f"sysroot/{architecture}" for architecture in ARCHITECTURES}
-        del parts[""]
-        found = {place: self.lock.group(group) for place, group in parts.items()}
-        object.__setattr__(self, "parts", {"": self.lock.group("toolchain"), **found})
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """What is in the root, as a hash."""
-        packages = {place: [package.sha256 for package in packages] for place, packages in self.parts.items()}
-        return hashlib.sha256(json.dumps([LAYOUT, packages], sort_keys=True).encode()).hexdigest()
+    def __init__(self, lock: Lock, cache: Path) -> None:
+        """`cache` is the folder that the builder keeps its files in."""
+        self.cache = cache
+        foreign = [architecture for architecture in ARCHITECTURES if sysroot(architecture)]
+        groups = {sysroot(architecture).lstrip("/"): f"sysroot/{architecture}" for architecture in foreign}
+        # Place in the root -> what is unpacked there.
+        self.parts = {place: lock.group(group) for place, group in {"": "toolchain", **groups}.items()}
+        packages = {place: [package.sha256 for package in members] for place, members in self.parts.items()}
+        self.digest = hashlib.sha256(json.dumps([LAYOUT, packages]).encode()).hexdigest()
 
     def run(self, job: Job) -> Mapping[str, bytes]:
         """The outputs of a job, by name."""
         kept = self.cache / "outputs" / job.key(self.digest)
         found = _restore(kept, job.outputs)
         if found is None:
-            found = self._make(job)
-            _keep(kept, found)
+            with _described(self.cache):
+                found = self._make(job)
+                _keep(kept, found)
         return found
 
     def gzip(self, data: bytes) -> bytes:
@@ -84,28 +80,32 @@ class Toolchain:
 
     def owner(self, path: str) -> DebPackage:
         """The package that a file of the root belongs to."""
-        real = (self.root / path.lstrip("/")).resolve().relative_to(self.root.resolve())
-        for place, packages in self.parts.items():
-            key = self._owners.get(str(real))
-            for package in packages:
-                if package_key(package) == key and str(real).startswith(place):
-                    return package
-        raise ImageError(f"no package of the toolchain has the file /{real}", f"remove {self.root.parent}")
+        root = self.root.resolve()
+        real = (root / path.lstrip("/")).resolve()
+        key = self._owners.get(str(real.relative_to(root)) if real.is_relative_to(root) else "")
+        for package in self._packages():
+            if package_key(package) == key:
+                return package
+        raise ImageError(f"no package of the toolchain has the file {path}", f"remove {self.root.parent}")
 
     @functools.cached_property
     def root(self) -> Path:
         """The unpacked root; unpacks it when the cache has none. One process unpacks, others wait for it."""
         final = self.cache / "toolchain" / self.digest
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{final}.lock", "w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            if not final.exists():
-                self._unpack(final)
+        with _described(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with open(f"{final}.lock", "w") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+                if not final.exists():
+                    self._unpack(final)
         return final / "root"
+
+    def _packages(self) -> Iterator[DebPackage]:
+        return itertools.chain.from_iterable(self.parts.values())
 
     def _unpack(self, final: Path) -> None:
         """Fill a folder beside the final one, which appears whole or not at all."""
-        debs = fetch({package for packages in self.parts.values() for package in packages}, self.cache)
+        debs = fetch(set(self._packages()), self.cache)
         partial = Path(f"{final}.partial")
         shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
         tasks = []
@@ -150,7 +150,7 @@ class Toolchain:
                     raise _failure(command, done)
             try:
                 return {name: (folder / name).read_bytes() for name in job.outputs}
-            except OSError as error:
+            except FileNotFoundError as error:
                 raise ImageError(f"`{' '.join(job.commands[-1])}` did not make {error.filename}") from error
 
     @contextlib.contextmanager
@@ -165,6 +165,17 @@ class Toolchain:
 def sysroot(architecture: str) -> str:
     """Where in the root the headers and libraries for an architecture are; empty for the root's own."""
     return "" if architecture == NATIVE else f"/sysroot/{architecture}"
+
+
+@contextlib.contextmanager
+def _described(folder: Path) -> Iterator[None]:
+    """Says of an error of the file system where it happened and what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space" if full else "the folder and all in it must belong to the user who builds"
+        raise ImageError(f"{folder}: the cache cannot be written: {error.strerror or error}", hint) from error
 
 
 def _make_root(folder: Path) -> None:
@@ -209,6 +220,7 @@ def _keep(path: Path, outputs: Mapping[str, bytes]) -> None:
     table = [(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in outputs.items()]
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
         stream.write(json.dumps(table).encode() + b"\n" + b"".join(outputs.values()))
+    os.chmod(stream.name, 0o644)
     os.replace(stream.name, path)
 
 
