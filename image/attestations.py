@@ -29,7 +29,8 @@ SPDX = "https://spdx.dev/Document"
 CYCLONEDX = "https://cyclonedx.org/bom/v1.6"
 PROVENANCE = "https://slsa.dev/provenance/v1"
 OPENVEX = "https://openvex.dev/ns/v0.2.0"
-DECLARED = (SPDX, CYCLONEDX, PROVENANCE, OPENVEX)  # every platform of every variant has these
+SHORT_TYPES = {SPDX: "SPDX", CYCLONEDX: "CycloneDX", PROVENANCE: "SLSA provenance", OPENVEX: "OpenVEX"}
+DECLARED = tuple(SHORT_TYPES)  # every platform of every variant has these
 
 PLAIN_SUFFIX, SIGNED_SUFFIX = ".intoto.json", ".dsse.json"
 
@@ -60,6 +61,11 @@ def attestations(
 def _attestation(manifest: Descriptor, kind: str, name: str, data: bytes) -> Referrer:
     layer = Layer(IN_TOTO, data, {PREDICATE_TYPE: kind, TITLE: name + PLAIN_SUFFIX})
     return Referrer(manifest, IN_TOTO, (layer,), {PREDICATE_TYPE: kind})
+
+
+def short_type(predicate_type: str) -> str:
+    """Name a predicate type for people."""
+    return SHORT_TYPES.get(predicate_type, predicate_type)
 
 
 def envelope(data: bytes, key: PrivateKey) -> bytes:

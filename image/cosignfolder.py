@@ -15,6 +15,7 @@ from image.referrers import INDEX, Descriptor, encode
 from image.signing import SIGNATURE, SignedImage, images
 from image.stored import StoredLayout
 
+REFERRERS = {SIGNATURE: "sigs", attestations.DSSE: "atts"}
 KIND = "kind"  # annotation of an entry of index.json
 KINDS = {name: f"dev.cosignproject.cosign/{name}" for name in ("imageIndex", "image", "sigs", "atts")}
 
@@ -24,18 +25,19 @@ def export(path: Path, tag: str, architecture: str, folder: Path) -> Descriptor:
     layout = StoredLayout(path)
     subject = _choose(layout, tag, architecture)
     kind = "imageIndex" if subject.media_type == INDEX else "image"
-    entries = [(subject, kind)]
-    for found in layout.referrers().get(subject.digest, ()):
-        if found.artifact_type in (SIGNATURE, attestations.DSSE):
-            entries.append((found.descriptor, "sigs" if found.artifact_type == SIGNATURE else "atts"))
-    if "sigs" not in [kind for _, kind in entries]:
+    signed = [
+        (found.descriptor, REFERRERS[found.artifact_type])
+        for found in layout.referrers().get(subject.digest, ())
+        if found.artifact_type in REFERRERS
+    ]
+    if "sigs" not in [kind for _, kind in signed]:
         raise ImageError(f"{path}: {tag}: expected a signature, found none", "sign it with `python -m image sign`")
     if folder.exists():
         raise ImageError(f"{folder}: exists already", "name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
     try:
-        _write(layout, entries, new)
+        _write(layout, [(subject, kind), *signed], new)
         new.chmod(0o755)
         new.rename(folder)
     except OSError as error:

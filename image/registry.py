@@ -15,7 +15,8 @@ from image.referrers import Descriptor
 from image.signing import SIGNATURE, SignedImage, images
 from image.stored import Manifest, StoredLayout
 
-REPOSITORY = re.compile(r"(?P<host>localhost|[^/]*[.:][^/]*)(?:/[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*)+")
+HOST = r"(?:localhost|[a-zA-Z0-9-]+(?:\.[a-zA-Z0-9-]+)+|[a-zA-Z0-9-]+(?=:)|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
+REPOSITORY = re.compile(rf"{HOST}(?:/[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*)+")
 REFERENCE = re.compile(
     rf"(?P<repository>{REPOSITORY.pattern})(?::(?P<tag>\w[\w.-]{{0,127}}))?(?:@(?P<digest>sha256:[0-9a-f]{{64}}))?"
 )
@@ -25,6 +26,7 @@ SYMPTOMS = {  # words of oras' answer: what to do about it
     "no such host": "the host's name is unknown: check it",
     "server gave HTTP response to HTTPS client": "the registry speaks plain HTTP: give --plain-http",
     "certificate signed by unknown authority": "the registry's certificate is not trusted: install its CA",
+    "panic:": "oras met several errors at once, which it cannot report: try again",
     "401": "log in with `oras login` or give --authfile with credentials for this registry",
     "unauthorized": "log in with `oras login` or give --authfile with credentials for this registry",
     "basic credential not found": "log in with `oras login` or give --authfile with credentials for this registry",
@@ -63,6 +65,15 @@ class Oras:
             raise ImageError(f"oras {arguments[0]} {arguments[-1]}: {message}", next(hints, ""))
         return done.stdout
 
+    def copy(self, *arguments: str) -> None:
+        """Copy an image, then what refers to it.
+
+        A recursive copy alone leaves an index out that nothing refers to, and oras 1.2 panics in it instead of saying
+        why a registry cannot be used.
+        """
+        self.run("cp", "--no-tty", *arguments)
+        self.run("cp", "--no-tty", "--recursive", *arguments)
+
 
 def push(path: Path, repository: str, oras: Oras) -> list[str]:
     """Copy every image of a layout into a repository, under all its tags; give the tags."""
@@ -70,15 +81,15 @@ def push(path: Path, repository: str, oras: Oras) -> list[str]:
         raise ImageError(f"{repository}: expected HOST[:PORT]/NAME without a tag, in lower case")
     layout = StoredLayout(path)
     layout.check_all()
-    pushed = []
+    pushed: list[str] = []
     about = layout.referrers()
     for image in images(layout):
         if image.tags:
-            target = f"{repository}:{','.join(image.tags)}"
-            source = ("--from-oci-layout", f"{path}:{image.tags[0]}")
-            oras.run("cp", "--recursive", "--no-tty", *oras.options("to-"), *source, target)
+            oras.copy(*oras.options("to-"), "--from-oci-layout", f"{path}:{image.tags[0]}", repository)
             for tag, referrer in _cosign_tags(image, about):
                 oras.run("tag", *oras.options(), f"{repository}@{referrer.digest}", tag)
+            # Last, so that who pulls by tag finds the signatures too.
+            oras.run("tag", *oras.options(), f"{repository}@{image.index.digest}", *image.tags)
             pushed += image.tags
     return pushed
 
@@ -101,7 +112,7 @@ def fetch(reference: str, folder: Path, oras: Oras) -> str:
         raise ImageError(f"{reference}: expected HOST[:PORT]/NAME:TAG or HOST[:PORT]/NAME@sha256:...")
     source = f"{match['repository']}@{match['digest']}" if match["digest"] else reference
     target = f"{folder}:{match['tag']}" if match["tag"] else str(folder)
-    oras.run("cp", "--recursive", "--no-tty", *oras.options("from-"), source, "--to-oci-layout", target)
+    oras.copy(*oras.options("from-"), source, "--to-oci-layout", target)
     return match["tag"] or ""
 
 

@@ -169,8 +169,8 @@ class StoredLayout:
                 found.setdefault(manifest.subject, []).append(manifest)
         return found
 
-    def check_all(self) -> None:
-        """Compare everything that index.json leads to, and whatever else lies among the blobs, with its name."""
+    def check_all(self) -> int:
+        """Compare everything that index.json leads to, and whatever else lies among the blobs, with its name; count."""
         named = self.reachable()
         for blob in named.values():
             self.check(blob)
@@ -178,6 +178,8 @@ class StoredLayout:
             digest = f"sha256:{path.name}"
             if digest not in named:
                 self.check(Descriptor("a blob that nothing names", digest, path.stat().st_size))
+                named[digest] = Descriptor("", digest, 0)
+        return len(named)
 
     def replace(self, gone: frozenset[str], added: Sequence[Referrer]) -> None:
         """Drop the referrers with a digest in `gone` and add others, all or none: index.json is renamed in last."""

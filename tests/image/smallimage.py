@@ -6,17 +6,21 @@ import gzip
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from image.model import Subject
+from image.lockfile import Lock, render
+from image.model import DebPackage, Subject, Wheel
 from image.referrers import INDEX, MANIFEST, REF_NAME, Descriptor, Referrer, digest_of, encode
 
 from image import attestations
 
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+Files = list[dict[str, object]]  # of an SPDX document
+FILES: Mapping[str, bytes] = {"etc/hostname": b"", "usr/bin/tool": bytes(1000)}
 CREATED = datetime(2026, 1, 1, tzinfo=UTC)
 RUNTIME_TAGS = ("1", "1.30", "1.30.3")
 DEV_TAGS = ("1-dev", "1.30-dev")
@@ -50,17 +54,19 @@ class SmallLayout:
         (self.path / "blobs" / "sha256" / sha256(data)).write_bytes(data)
         return Descriptor(media_type, digest, len(data))
 
-    def platform(self, architecture: str, files: Mapping[str, bytes]) -> Descriptor:
+    def platform(
+        self, architecture: str, files: Mapping[str, bytes], *, user: str = "", level: int = 9, diff_id: str = ""
+    ) -> Descriptor:
         plain = tar(files)
-        layer = self.blob(LAYER, gzip.compress(plain, mtime=0))
+        layer = self.blob(LAYER, gzip.compress(plain, level, mtime=0))
         config = self.blob(
             CONFIG,
             encode(
                 {
                     "architecture": architecture,
                     "os": "linux",
-                    "config": {},
-                    "rootfs": {"type": "layers", "diff_ids": [digest_of(plain)]},
+                    "config": {"User": user},
+                    "rootfs": {"type": "layers", "diff_ids": [diff_id or digest_of(plain)]},
                 }
             ),
         )
@@ -86,8 +92,28 @@ class SmallLayout:
         (self.path / "index.json").write_bytes(encode(document))
 
 
-def predicates(files: Mapping[str, bytes]) -> dict[str, tuple[str, object]]:
-    """Documents that are true of `files`, with nothing in them that the checks do not read."""
+def package(name: str, architecture: str) -> DebPackage:
+    path = f"pool/main/{name[0]}/{name}/{name}_1_{architecture}.deb"
+    return DebPackage(name, "1", architecture, "debian", path, sha256(path.encode()), 1, name, "1")
+
+
+PACKAGES = tuple(package(name, one) for name in ("base", "shell") for one in ("amd64", "arm64"))
+WHEEL = Wheel("wheel", "1", "all", "wheel-1-py3-none-any.whl", sha256(b"wheel"), 1)
+LOCK = Lock(
+    CREATED,
+    ("trixie",),
+    PACKAGES,
+    (WHEEL,),
+    {
+        f"{variant}/{one}": tuple(f"{name}:{one}" for name in names)
+        for variant, names in (("runtime", ["base"]), ("dev", ["shell"]))
+        for one in ("amd64", "arm64")
+    },
+)
+
+
+def predicates(files: Mapping[str, bytes], architecture: str, variant: str) -> dict[str, tuple[str, object]]:
+    """Documents that are true of `files`, with little more in them than the checks read."""
     spdx = {
         "spdxVersion": "SPDX-2.3",
         "files": [
@@ -95,35 +121,76 @@ def predicates(files: Mapping[str, bytes]) -> dict[str, tuple[str, object]]:
             for name, data in files.items()
         ],
     }
-    cyclonedx = {"bomFormat": "CycloneDX", "specVersion": "1.6", "components": []}
+    debs = LOCK.group(f"runtime/{architecture}") + (LOCK.group(f"dev/{architecture}") if variant == "dev" else ())
+    materials = {one.path.rsplit("/", 1)[-1]: one.sha256 for one in debs} | {WHEEL.filename: WHEEL.sha256}
+    provenance = {
+        "buildDefinition": {
+            "externalParameters": {"lock": {"sha256": LOCK.digest}, "variant": variant},
+            "resolvedDependencies": [
+                {"name": "source", "digest": {"gitCommit": "0" * 40}},
+                *({"name": name, "digest": {"sha256": digest}} for name, digest in materials.items()),
+            ],
+        }
+    }
     return {
         attestations.SPDX: ("sbom.spdx", spdx),
-        attestations.CYCLONEDX: ("sbom.cyclonedx", cyclonedx),
-        attestations.PROVENANCE: ("provenance", {"buildDefinition": {"resolvedDependencies": []}}),
+        attestations.CYCLONEDX: ("sbom.cyclonedx", {"bomFormat": "CycloneDX", "specVersion": "1.6", "components": []}),
+        attestations.PROVENANCE: ("provenance", provenance),
         attestations.OPENVEX: ("vex", {"@context": attestations.OPENVEX, "statements": []}),
     }
 
 
-def write(path: Path, mark: str = "") -> Path:
-    """Write the layout; `mark` makes another image of it."""
+def write(
+    path: Path,
+    mark: str = "",
+    change: Callable[[Referrer], Referrer | None] = lambda one: one,
+    files: Mapping[str, bytes] | None = None,
+    **properties: Any,
+) -> Path:
+    """Write the layout; `mark` makes another image of it, `change` alters or leaves out attestations.
+
+    With `files` there is one variant only, of these. `properties` are of a platform.
+    """
     layout = SmallLayout(path)
-    referrers = []
-    for variant, tags in (("runtime", RUNTIME_TAGS), ("dev", DEV_TAGS)):
+    referrers: list[Referrer] = []
+    variants = {"runtime": RUNTIME_TAGS} if files else {"runtime": RUNTIME_TAGS, "dev": DEV_TAGS}
+    for variant, tags in variants.items():
         platforms = {}
         for architecture in ("amd64", "arm64"):
-            files = {"etc/hostname": f"{variant} {architecture} {mark}".encode(), "usr/bin/tool": bytes(1000)}
-            platform = layout.platform(architecture, files)
+            content = files or {**FILES, "etc/hostname": f"{variant} {architecture} {mark}".encode()}
+            platform = layout.platform(architecture, content, **properties)
             subject = Subject("meshcni/istio-install-cni", platform.digest, architecture, variant, "1.30.3", CREATED)
-            referrers += attestations.attestations(subject, platform, predicates(files))
+            referrers += attestations.attestations(subject, platform, predicates(content, architecture, variant))
             platforms[architecture] = platform
         layout.index(platforms, tags)
-    for referrer in referrers:
+    for referrer in filter(None, map(change, referrers)):
         layout.referrer(referrer)
     layout.close()
     return path
 
 
-def index_json(path: Path) -> dict[str, object]:
+def index_json(path: Path) -> dict[str, Any]:
     value = json.loads((path / "index.json").read_bytes())
     assert isinstance(value, dict)
     return value
+
+
+def blob(path: Path, digest: str) -> Path:
+    return path / "blobs" / "sha256" / digest.removeprefix("sha256:")
+
+
+def platform_digest(path: Path, tag: str, architecture: str) -> str:
+    """Read one platform's digest without any code of the image's builder."""
+    index = next(one for one in index_json(path)["manifests"] if one.get("annotations", {}).get(REF_NAME) == tag)
+    platforms = json.loads(blob(path, index["digest"]).read_bytes())["manifests"]
+    return str(next(one["digest"] for one in platforms if one["platform"]["architecture"] == architecture))
+
+
+def state(path: Path) -> dict[str, bytes]:
+    """Everything in a layout's folder."""
+    return {str(one.relative_to(path)): one.read_bytes() for one in sorted(path.rglob("*")) if one.is_file()}
+
+
+def write_lock(path: Path) -> Path:
+    path.write_text(render(LOCK))
+    return path
