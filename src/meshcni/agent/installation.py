@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -359,4 +360,9 @@ def _holds(path: str, wanted: bytes, mode: int) -> bool:
 
 
 def _is_executable(directory: str, name: str) -> bool:
-    return os.access(os.path.join(directory, name), os.X_OK)
+    """Whether the runtime, which is root, could run it; access(2) would ask what we could without our capabilities."""
+    try:
+        found = os.stat(os.path.join(directory, name)).st_mode
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False
+    return stat.S_ISREG(found) and bool(found & 0o111)
