@@ -12,7 +12,7 @@ import pytest
 from image.apt import KEYRING
 from image.locking import Asks, read_asks
 from image.model import DebPackage, ImageError
-from tests.image.smallarchive import SUITES, Server, Signer, locked, make_package, publish, serving
+from tests.image.smallarchive import SUITES, Server, Signer, locked, make_package, publish, serving, status
 from tests.image.smallwheels import INDEX_VARIABLES, make_wheel, requirement
 
 from image import archive, debfile, fetch, lockfile, locking, wheels
@@ -176,6 +176,13 @@ def test_refuses_an_index_that_was_changed_after_the_signature(world: World) -> 
     index.write_bytes(data.replace(b"Version: 2.0", b"Version: 9.0"))
     assert index.read_bytes() != data
     with pytest.raises(ImageError, match=r"apt-get update.*Hash Sum mismatch|unexpected size"):
+        world.resolve()
+
+
+def test_an_archive_that_does_not_answer_is_not_taken_from_memory(world: World) -> None:
+    world.resolve()
+    world.server.faults["InRelease"] = [status(503)] * 100
+    with pytest.raises(ImageError, match=r"apt-get update.*503"):
         world.resolve()
 
 
