@@ -22,6 +22,7 @@ from lab.containerd import Containerd
 from lab.node import LabError, Node, last_lines, wait_until
 from lab.objects import NODE_NAME
 from meshcni import istio
+from meshcni.host.capabilities import CAPABILITIES
 
 ROOT = Path(__file__).parent.parent
 PLUGIN = ROOT / "build" / "istio-cni"
@@ -42,6 +43,7 @@ class AgentOptions:
     force_iptables: str = ""
     wait_seconds: float = 20.0  # the plugin's patience with an absent agent
     ambient: bool = False
+    user: int = 0  # another one than root gets the chart's capabilities as ambient ones, and nothing else
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -213,7 +215,8 @@ class Agent:
             shutil.copy2(PLUGIN, self._image / istio.PLUGIN_NAME)
         if not AGENT.exists():
             raise LabError(f"no agent: {AGENT} is not installed (scripts/setup)")
-        self._process = self.node.spawn([str(AGENT)], environment=self.environment(), log="agent")
+        command = [*as_user(self.options.user), str(AGENT)]
+        self._process = self.node.spawn(command, environment=self.environment(), log="agent")
 
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None, "an agent that runs"
@@ -226,6 +229,15 @@ class Agent:
         status = self._process.wait(STOP_SECONDS)
         self._process = None
         return status
+
+
+def as_user(uid: int) -> list[str]:
+    """Return the prefix of a command that runs as another user, as the image's launcher arranges it; none for root."""
+    if not uid:
+        return []
+    sets = "".join(f",+{capability.short_name.lower()}" for capability in CAPABILITIES)
+    kept = [f"--{kind}=-all{sets}" for kind in ("bounding-set", "inh-caps", "ambient-caps")]
+    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", *kept]
 
 
 def cpu_ticks(pid: int) -> int:

@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
-from meshcni.agent import wiring
+from meshcni.agent import hostmounts, manifest, wiring
 from meshcni.agent.ambient import STAYS_HINT, Ambient
 from meshcni.agent.ambientwiring import make_ambient
+from meshcni.agent.installation import CONF_FAILURE
 from meshcni.agent.installer import Installer
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.programming import Programmer
 from meshcni.agent.reconciler import EnrollmentError
 from meshcni.agent.settings import Settings
-from meshcni.errors import KubeError, MeshCniError, PodSpecError
+from meshcni.errors import InstallError, KubeError, MeshCniError, PodSpecError
 from meshcni.kube.client import PODS, KubeApi
 from meshcni.pods.model import Namespace, Pod, pod_from_object
 
@@ -55,6 +56,10 @@ class OneReading:
 
 async def remove_from_node(settings: Settings, node: str, *, purge: bool) -> Removal:
     """Remove files, pods' redirection and the host's rules and sets. Raises MeshCniError for what stops it at once."""
+    unseen = [mount for mount in hostmounts.missing(settings) if mount.volume in (hostmounts.CONF, hostmounts.RUN)]
+    if unseen:
+        patch = manifest.daemonset_patch(unseen, namespace=settings.pod_namespace or settings.system_namespace)
+        raise InstallError(CONF_FAILURE, f"nothing can be removed: {'; '.join(one.why for one in unseen)}", f"\n{patch}")
     done = list(await Installer(wiring.install_config(settings, "info")).uninstall(purge=purge))
     if not settings.ambient_enabled:
         return Removal(tuple(done))
