@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build(arguments: Sequence[str]) -> int:
     """Build the image into an OCI layout."""
     from image import build as building
-    from image import definition, lockfile
+    from image import definition, evidence, lockfile
 
     defined = definition.read(ROOT / "image" / "image.toml", ROOT / "src")
     parser = argparse.ArgumentParser(prog="python -m image build", description="Build the image as an OCI layout.")
@@ -42,11 +42,15 @@ def build(arguments: Sequence[str]) -> int:
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "image", help="what is kept between builds")
     parser.add_argument("--no-cache", action="store_true", help="compile and compress everything anew")
     parser.add_argument("--variant", action="append", choices=tuple(defined.variants), help="only this one; repeatable")
+    parser.add_argument("--builder-id", default=evidence.LOCAL_BUILDER, help="who builds, for the provenance: a URI")
+    parser.add_argument("--commit", default="", help="the commit that this clean checkout is at, for the provenance")
     options = parser.parse_args(arguments)
     lock = lockfile.read(ROOT / "image" / "lock.json")
 
     def run(cache: Path) -> Sequence[building.BuiltImage]:
-        return building.Builder(defined, lock, ROOT, cache).build(options.output, options.variant or ())
+        builder = building.Builder(defined, lock, ROOT, cache)
+        finish = evidence.attach(builder, options.builder_id, options.commit)
+        return builder.build(options.output, options.variant or (), finish)
 
     if options.no_cache:
         with building.fresh_cache(options.cache) as cache:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from image import binaries, layer, layout, rootfs, unpack
@@ -35,6 +36,23 @@ class BuiltImage:
     tags: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PackedLayer:
+    """A layer as it is stored; `text` says in the image's history what it holds."""
+
+    text: str
+    diff_id: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One platform's image before anything of it is written."""
+
+    contents: Contents
+    layers: tuple[PackedLayer, ...]
+
+
 Finish = Callable[[LayoutWriter, Sequence[BuiltImage]], None]
 
 
@@ -54,23 +72,41 @@ class Builder:
         """
         chosen = [self.definition.variant(name) for name in variants or self.definition.variants]
         with layout.replacing(output) as writer:
-            parts = {architecture: self._parts(architecture) for architecture in ARCHITECTURES}
-            built = tuple(one for variant in chosen for one in self._variant(writer, variant, parts))
+            with ThreadPoolExecutor(len(ARCHITECTURES)) as pool:
+                packed = dict(zip(ARCHITECTURES, pool.map(partial(self._pack, chosen), ARCHITECTURES), strict=True))
+            built = tuple(one for variant in chosen for one in self._write(writer, variant, packed))
             writer.finish()
             if finish:
                 finish(writer, built)
         return built
 
-    @property
-    def _toolchain(self) -> Toolchain:
-        return Toolchain(self.lock, self.cache)
+    def _pack(self, variants: Sequence[Variant], architecture: str) -> dict[str, Packed]:
+        """The variants and those whose layers they begin with, by name, for one architecture."""
+        toolchain = Toolchain(self.lock, self.cache)
+        parts = self._parts(toolchain, architecture)
+        made: dict[str, Packed] = {}
 
-    def _parts(self, architecture: str) -> Parts:
+        def pack(variant: Variant) -> Packed:
+            if variant.name not in made:
+                contents = rootfs.assemble(self.definition, variant, parts, self.lock.created)
+                below = pack(self.definition.variant(variant.extends)) if variant.extends else None
+                layers = below.layers if below else ()
+                for text, entries in split(contents, below.contents if below else None):
+                    archive = layer.archive(entries, self.lock.created)
+                    layers = (*layers, PackedLayer(text, digest_of(archive), toolchain.gzip(archive)))
+                made[variant.name] = Packed(contents, layers)
+            return made[variant.name]
+
+        for variant in variants:
+            pack(variant)
+        return made
+
+    def _parts(self, toolchain: Toolchain, architecture: str) -> Parts:
         groups = sorted({group for variant in self.definition.variants.values() for group in variant.packages})
         listed = {group: self.lock.group(f"{group}/{architecture}") for group in groups}
-        toolchain = self._toolchain
         executables = binaries.build(toolchain, architecture, self.repository)
-        linked = {one for made in (executables.plugin, executables.launcher, executables.trampoline) for one in made.linked}
+        made = (executables.plugin, executables.launcher, executables.trampoline)
+        linked = {package for one in made for package in one.linked}
         packages = {package for found in listed.values() for package in found} | linked
         unpacked = unpack.debs(fetch(packages, self.cache))
         return Parts(
@@ -84,17 +120,18 @@ class Builder:
             compile=lambda files: binaries.compile_python(toolchain, files),
         )
 
-    def _variant(self, writer: LayoutWriter, variant: Variant, parts: Mapping[str, Parts]) -> Iterator[BuiltImage]:
+    def _write(
+        self, writer: LayoutWriter, variant: Variant, packed: Mapping[str, Mapping[str, Packed]]
+    ) -> Iterator[BuiltImage]:
         tags = self.definition.tags(variant)
         annotations = self._annotations(variant)
-        made: dict[str, tuple[Descriptor, Contents]] = {}
+        manifests = {}
         for architecture in ARCHITECTURES:
-            contents, layers = self._layers(variant, parts[architecture])
-            blobs = [self._add_layer(writer, entries) for _, entries in layers]
-            config = self._config(variant, architecture, [diff for diff, _ in blobs], [name for name, _ in layers])
-            made[architecture] = writer.add_manifest(config, [blob for _, blob in blobs], annotations), contents
-        writer.add_index({name: manifest for name, (manifest, _) in made.items()}, annotations, tags)
-        for architecture, (manifest, contents) in made.items():
+            layers = packed[architecture][variant.name].layers
+            blobs = [writer.add_blob(layer.MEDIA_TYPE, one.data) for one in layers]
+            manifests[architecture] = writer.add_manifest(self._config(variant, architecture, layers), blobs, annotations)
+        writer.add_index(manifests, annotations, tags)
+        for architecture, manifest in manifests.items():
             subject = Subject(
                 name=self.definition.name,
                 digest=manifest.digest,
@@ -103,22 +140,9 @@ class Builder:
                 version=self.definition.version,
                 created=self.lock.created,
             )
-            yield BuiltImage(subject, contents, manifest, tags)
+            yield BuiltImage(subject, packed[architecture][variant.name].contents, manifest, tags)
 
-    def _layers(self, variant: Variant, parts: Parts) -> tuple[Contents, list[tuple[str, list[Entry]]]]:
-        """An image's contents, and its layers with what history says of each."""
-        contents = rootfs.assemble(self.definition, variant, parts, self.lock.created)
-        if not variant.extends:
-            return contents, split(contents)
-        below, layers = self._layers(self.definition.variant(variant.extends), parts)
-        added = layer.difference({one.path: one for one in below.entries}, {one.path: one for one in contents.entries})
-        return contents, [*layers, (f"packages and tools of the variant {variant.name}", added)]
-
-    def _add_layer(self, writer: LayoutWriter, entries: Sequence[Entry]) -> tuple[str, Descriptor]:
-        archive = layer.archive(entries, self.lock.created)
-        return digest_of(archive), writer.add_blob(layer.MEDIA_TYPE, self._toolchain.gzip(archive))
-
-    def _config(self, variant: Variant, architecture: str, diffs: Sequence[str], history: Sequence[str]) -> JSON:
+    def _config(self, variant: Variant, architecture: str, layers: Sequence[PackedLayer]) -> JSON:
         created = _time(self.lock.created)
         return {
             **layout.platform(architecture),
@@ -130,8 +154,8 @@ class Builder:
                 "WorkingDir": self.definition.working_directory,
                 "Labels": self._annotations(variant),
             },
-            "rootfs": {"type": "layers", "diff_ids": list(diffs)},
-            "history": [{"created": created, "created_by": f"meshcni image: {text}"} for text in history],
+            "rootfs": {"type": "layers", "diff_ids": [one.diff_id for one in layers]},
+            "history": [{"created": created, "created_by": f"meshcni image: {one.text}"} for one in layers],
         }
 
     def _annotations(self, variant: Variant) -> dict[str, str]:
@@ -158,20 +182,23 @@ class Builder:
         }
 
 
-def split(contents: Contents) -> list[tuple[str, list[Entry]]]:
-    """The two layers of an image: what changes with the lock, then what changes with the code."""
-    ours = [
-        entry
-        for entry in contents.entries
-        if entry.kind is not EntryKind.DIRECTORY and entry.component.startswith(("meshcni:", "pypi:")) and entry.component != rootfs.IMAGE
-    ]
-    paths = {entry.path for entry in ours}
-    theirs = [entry for entry in contents.entries if entry.path not in paths]
-    base = {entry.path: entry for entry in theirs}
+def split(contents: Contents, below: Contents | None = None) -> list[tuple[str, list[Entry]]]:
+    """The layers of an image: what is more than in the image `below`; without one, first what changes with the lock,
+    then what changes with the code.
+    """
+    whole = {entry.path: entry for entry in contents.entries}
+    if below is not None:
+        added = layer.difference({entry.path: entry for entry in below.entries}, whole)
+        return [(f"more packages for the variant {contents.variant}", added)]
+    base = {path: entry for path, entry in whole.items() if entry.kind is EntryKind.DIRECTORY or not _is_code(entry)}
     return [
-        ("Debian packages, accounts and folders", theirs),
-        ("agent, plugin and Python packages", layer.difference(base, {**base, **{one.path: one for one in ours}})),
+        ("Debian packages, accounts and folders", list(base.values())),
+        ("agent, plugin and Python packages", layer.difference(base, whole)),
     ]
+
+
+def _is_code(entry: Entry) -> bool:
+    return entry.component.startswith(("meshcni:", "pypi:")) and entry.component != rootfs.IMAGE
 
 
 @contextmanager
@@ -183,13 +210,6 @@ def fresh_cache(cache: Path) -> Iterator[Path]:
             (cache / name).mkdir(exist_ok=True)
             (Path(folder) / name).symlink_to(cache / name)
         yield Path(folder)
-
-
-def free_bytes(path: Path) -> int:
-    """Space left where `path` is or will be."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 def _time(moment: datetime) -> str:
