@@ -33,7 +33,10 @@ PRIVILEGED = {"privileged": True, "runAsUser": None, "runAsGroup": None, "capabi
 
 
 class ImageAgent(Agent):
-    """Drop-in for `lab.agent.Agent`; `security` replaces fields of the manifest's securityContext."""
+    """Drop-in for `lab.agent.Agent`; `security` replaces fields of the manifest's securityContext.
+
+    With `verbatim` its environment is that of the manifest and what a kubelet adds, and no option has an effect.
+    """
 
     def __init__(
         self,
@@ -45,9 +48,11 @@ class ImageAgent(Agent):
         image: Image | None = None,
         manifest: DaemonSet | None = None,
         security: Mapping[str, object] | None = None,
+        verbatim: bool = False,
     ) -> None:
         super().__init__(node, runtime, api_environment, service_account)
         self._from, self._manifest, self._security = image, manifest, dict(security or {})
+        self._verbatim = verbatim
         self.container: Container | None = None
         self._pod: Pod | None = None
 
@@ -83,7 +88,8 @@ class ImageAgent(Agent):
         }
         made = self.manifest.container(self.image.name, fields, self._place, **self._security)
         account = Mount(str(self._service_account), istio.SERVICE_ACCOUNT_DIR, read_only=True)
-        environment = {**made.environment, **self._settings()}
+        settings = self._api_environment if self._verbatim else self._settings()
+        environment = {**made.environment, **settings}
         return replace(made, environment=environment, mounts=(*made.mounts, account))
 
     @property
