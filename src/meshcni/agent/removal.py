@@ -59,7 +59,8 @@ async def remove_from_node(settings: Settings, node: str, *, purge: bool) -> Rem
     unseen = [mount for mount in hostmounts.missing(settings) if mount.volume in (hostmounts.CONF, hostmounts.RUN)]
     if unseen:
         patch = manifest.daemonset_patch(unseen, namespace=settings.pod_namespace or settings.system_namespace)
-        raise InstallError(CONF_FAILURE, f"nothing can be removed: {'; '.join(one.why for one in unseen)}", f"\n{patch}")
+        places = "; ".join(mount.why for mount in unseen)
+        raise InstallError(CONF_FAILURE, f"nothing can be removed: {places}", f"\n{patch}")
     done = list(await Installer(wiring.install_config(settings, "info")).uninstall(purge=purge))
     if not settings.ambient_enabled:
         return Removal(tuple(done))

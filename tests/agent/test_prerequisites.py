@@ -1,0 +1,169 @@
+"""When a missing right or mount is believed, what it stops, and how often the API server is asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from meshcni.agent import hostmounts, prerequisites
+from meshcni.agent.hostmounts import Mount
+from meshcni.agent.prerequisites import Prerequisites
+from meshcni.agent.settings import Settings
+from meshcni.kube.client import Resource
+from meshcni.kube.failures import ApiError
+
+SIDECAR = Settings(
+    node_name="node", pod_name="pod", pod_namespace="mesh", kubernetes_service_host="10.0.0.1", service_account_dir="/"
+)
+
+
+class Api:
+    """Answers reviews as a cluster whose role denies `denied`; `failure` is raised instead."""
+
+    def __init__(self, *denied: str) -> None:
+        self.denied = set(denied)
+        self.failure: ApiError | None = None
+        self.asked = 0
+
+    async def may(
+        self, verb: str, resource: Resource, *, subresource: str, name: str, namespace: str, timeout: float
+    ) -> bool:
+        self.asked += 1
+        if self.failure is not None:
+            raise self.failure
+        assert bool(namespace) == bool(name), "only what is named is asked for in one namespace"
+        target = "/".join(filter(None, (resource.plural, subresource)))
+        return not self.denied & {f"{verb} {target}", "*"}
+
+
+class World:
+    """Prerequisites on a clock that a test turns: each pause ends with the next step of the story."""
+
+    def __init__(self, api: Api, *story: Callable[[], object], settings: Settings = SIDECAR, **given: Any) -> None:
+        self.api = api
+        self.story = list(story)
+        self.informer: Any = SimpleNamespace(name="pods", state=SimpleNamespace(last_status=0))
+        self.pauses: list[float] = []
+        self.found = Prerequisites(
+            settings, api, [self.informer], mounts=given.pop("mounts", ()), sleep=self._sleep, **given
+        )
+
+    async def _sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        if not self.story:
+            raise EndOfStory
+        self.story.pop(0)()
+
+    def run(self) -> Prerequisites:
+        async def play() -> None:
+            with pytest.raises(EndOfStory):
+                await self.found.run()
+
+        asyncio.run(play())
+        return self.found
+
+
+class EndOfStory(Exception):
+    """Nothing more happens."""
+
+
+def mount(volume: str, settings: Settings = SIDECAR) -> Mount:
+    found = next(one for one in hostmounts.wanted(settings) if one.volume == volume)
+    return replace(found, why=f"{found.path} does not exist")
+
+
+def test_all_is_there() -> None:
+    world = World(Api())
+    found = world.run()
+    assert found.released.is_set()
+    assert (found.reasons(), found.notes(), found.yaml(), found.as_object()) == ((), (), "", None)
+    assert world.api.asked == len(found.rights)
+
+
+def test_nobody_is_asked_again_while_all_is_well() -> None:
+    world = World(Api(), *[lambda: None] * 500)
+    world.run()
+    assert world.api.asked == len(world.found.rights)
+
+
+def test_refusals_at_the_start_are_believed_at_once_and_asked_for_until_granted() -> None:
+    api = Api("*")
+    world = World(api, lambda: None, lambda: None, lambda: api.denied.clear())
+    states: list[bool] = []
+    world.story.insert(1, lambda: states.append(world.found.released.is_set()))
+    found = world.run()
+    assert states == [False]
+    assert found.released.is_set()
+    assert found.reasons() == ()
+    assert max(world.pauses) <= prerequisites.MAX_RETRY_SECONDS
+
+
+def test_a_refusal_at_work_is_believed_the_second_time() -> None:
+    """An API server that has just started refuses everybody for a second."""
+    api = Api()
+
+    def refuse() -> None:
+        world.informer.state.last_status = 403
+        api.denied.add("*")
+
+    def answer() -> None:
+        world.informer.state.last_status = 0
+        api.denied.clear()
+
+    world = World(api, refuse, answer, lambda: None)
+    assert world.run().reasons() == ()
+    seen: list[tuple[str, ...]] = []
+    world = World(api, refuse, lambda: seen.append(world.found.reasons()), lambda: seen.append(world.found.reasons()))
+    assert world.run().reasons()
+    assert world.found.released.is_set(), "what was begun is not taken back"
+    assert seen[0] == ()
+    assert seen[1] != ()
+
+
+def test_an_api_that_does_not_answer_is_no_reason() -> None:
+    api = Api()
+    api.failure = ApiError(0, "no connection")
+    found = World(api).run()
+    assert found.released.is_set()
+    assert found.reasons() == ()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_reviews(status: int) -> None:
+    api = Api()
+    api.failure = ApiError(status, f"HTTP {status}")
+    world = World(api)
+    world.informer.state.last_status = 403
+    found = world.run()
+    assert not found.released.is_set()
+    (reason,) = found.reasons()
+    assert ("access to the API server: HTTP 401" if status == 401 else "get, list, watch pods") in reason
+
+
+def test_outside_of_a_pod_nobody_is_asked() -> None:
+    world = World(Api("*"), settings=replace(SIDECAR, kubernetes_service_host=""))
+    assert world.run().released.is_set()
+    assert world.api.asked == 0
+
+
+def test_a_missing_mount_is_never_got_over() -> None:
+    world = World(Api(), *[lambda: None] * 3, mounts=[mount("cni-bin-dir")])
+    found = world.run()
+    assert not found.released.is_set()
+    assert found.lacks("cni-bin-dir", "other")
+    assert not found.lacks("cni-net-dir")
+    assert "cni-bin-dir, /host/opt/cni/bin does not exist" in found.reasons()[0]
+
+
+def test_what_degrades_does_not_stop_and_what_helps_is_not_mentioned() -> None:
+    found = World(Api("get nodes", "get daemonsets"), mounts=[mount("cni-host-procfs")]).run()
+    assert found.released.is_set()
+    assert found.reasons() == ()
+    assert "cni-host-procfs" in found.notes()[0]
+    assert "ClusterRole" not in found.yaml()
+    assert World(Api("get nodes", "get daemonsets")).run().as_object() is None
