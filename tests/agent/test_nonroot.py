@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from lab.namespaces import call_in_netns
@@ -100,6 +102,33 @@ def test_sidecar_pod(nonroot: Scene, variant: str) -> None:
     rules = call_in_netns(netns, lambda: subprocess.check_output(command, text=True))
     assert "15001" in rules
     assert agent.status()["adds"][-1]["pod"] == "shop/cart"
+
+
+@pytest.fixture
+def shifted_netns() -> Iterator[str]:
+    """A netns of a pod with `hostUsers: false`, whose root is the host's user 100000."""
+    command = ("unshare", "--user", "--net", "sh", "-c", "echo ready; exec sleep 300")
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            for kind in ("uid", "gid"):
+                Path(f"/proc/{process.pid}/{kind}_map").write_text("0 100000 65536\n")
+            for words in ("link set lo up", "link add eth0 type veth peer name peer0", "addr add 10.1.0.5/24 dev eth0"):
+                inside = ("nsenter", f"--target={process.pid}", "--user", "--net", "ip", *words.split())
+                subprocess.run(inside, check=True)
+            yield f"/proc/{process.pid}/ns/net"
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pod_with_a_user_namespace_of_its_own(nonroot: Scene, shifted_netns: str, variant: str) -> None:
+    agent = nonroot.start(**VARIANTS[variant])
+    agent.wait_ready()
+    pod = nonroot.add_pod(sidecar_pod("shop", "cart", mode="TPROXY"))
+    reply = agent.add(pod, shifted_netns)
+    assert (reply.ok, reply.verdict) == (True, "sidecar"), reply
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -154,16 +154,17 @@ class Prerequisites:
         return {"stops": list(self.reasons()), "degrades": list(self.notes()), "yaml": self.yaml()}
 
     def _sentences(self, weight: Weight) -> Iterable[str]:
-        mounts = [mount for mount in self.mounts if mount.weight is weight]
+        degraded = "" if weight is Weight.STOPS else "degraded by "
+        mounts = [f"{one.volume}, {one.why}: {one.needed_for}" for one in self.mounts if one.weight is weight]
         if mounts:
-            yield f"missing mounts: {'; '.join(f'{one.volume}, {one.why}: {one.needed_for}' for one in mounts)}"
+            yield f"{degraded}missing mounts: {'; '.join(mounts)}"
         if self.review.problem:
             if weight is Weight.STOPS:
                 yield f"missing access to the API server: {self.review.problem}"
             return
         refused = [right for right in self.review.refused if right.weight is weight]
         if refused:
-            yield f"missing rights{self._whose()}: {'; '.join(_by_purpose(refused))}"
+            yield f"{degraded}missing rights{self._whose()}: {'; '.join(_by_purpose(refused))}"
 
     def _told_of(self) -> bool:
         return bool(self.reasons() or self.notes())
