@@ -125,6 +125,43 @@ async def test_an_event_is_posted(world: World) -> None:
         assert [event["reason"] for event in server.cluster.objects("events")] == ["Why"]
 
 
+async def test_what_a_role_denies_is_told_before_and_when_it_is_tried(world: World) -> None:
+    async with world() as (server, api):
+        server.add_pod(pod_object("a"))
+        server.denied.deny("list pods", "patch pods/status", "* daemonsets")
+
+        assert [await api.may(verb, PODS) for verb in ("get", "list", "watch")] == [True, False, True]
+        assert await api.may("patch", PODS)
+        assert not await api.may("patch", PODS, subresource="status")
+        assert not await api.may("get", DAEMONSETS, name="mine", namespace="apps")
+        asked = json.loads(server.requests[-1].request.body)
+        attributes = {"verb": "get", "group": "apps", "resource": "daemonsets", "name": "mine", "namespace": "apps"}
+        assert asked["spec"] == {"resourceAttributes": attributes}
+        assert (await api.get_pod("apps", "a")).name == "a"
+        assert (await failure_of(api.list_objects(*PODS))).status == 403
+        assert (await failure_of(api.patch_redirection("apps", "a", "u1", None))).status == 403
+        assert (await failure_of(api.get_object(*DAEMONSETS, "apps", "mine"))).status == 403
+
+
+@pytest.mark.parametrize("answer", ['{"status": {}}', '{"status": {"allowed": "yes"}}', "[]", "{}"])
+async def test_an_answer_that_is_no_review(account: Path, answer: str) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 201 Created\r\nContent-Length: {len(answer)}\r\n\r\n{answer}".encode())
+        writer.close()
+
+    (account / "token").write_text(TOKEN)
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        environment = {
+            "KUBERNETES_SERVICE_HOST": "127.0.0.1",
+            "KUBERNETES_SERVICE_PORT": str(port),
+            "KUBERNETES_SERVICE_PROTOCOL": "http",
+        }
+        async with KubeApi(InCluster(environment, str(account))) as api:
+            assert (await failure_of(api.may("get", PODS))).cause == failures.BROKEN
+
+
 async def test_the_redirection_of_a_pod_is_annotated(world: World) -> None:
     async with world() as (server, api):
         server.add_pod(pod_object("a", uid="u1", annotations={"own": "kept"}))

@@ -51,6 +51,14 @@ def test_status_before_the_first_add() -> None:
     assert as_text(DOCUMENT | {"adds": []}).endswith("no ADD since the start")
 
 
+def test_status_shows_what_to_paste_as_it_is() -> None:
+    missing = {"stops": ["no conf"], "degrades": ["no events"], "yaml": "spec:\n  template: {}\n"}
+    text = as_text(DOCUMENT | {"missing": missing})
+    assert "degraded   no events\n" in text
+    assert "\nto be put into the manifest:\nspec:\n  template: {}\n\n" in text
+    assert as_text(DOCUMENT | {"missing": None}) == as_text(DOCUMENT)
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 100.0
