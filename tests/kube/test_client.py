@@ -150,6 +150,7 @@ async def test_an_answer_that_is_no_review(account: Path, answer: str) -> None:
         writer.write(f"HTTP/1.1 201 Created\r\nContent-Length: {len(answer)}\r\n\r\n{answer}".encode())
         writer.close()
 
+    account.mkdir(exist_ok=True)
     (account / "token").write_text(TOKEN)
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
         port = listening.sockets[0].getsockname()[1]
