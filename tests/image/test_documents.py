@@ -104,8 +104,9 @@ class Platform:
 def platforms(built_image: Path) -> dict[str, Platform]:
     layout = StoredLayout(built_image)
     indexes = {entry.digest: entry for entry in layout.tags.values()}
+    referrers = layout.referrers()
     found = [
-        platform(layout, layout.manifest(child))
+        platform(layout, layout.manifest(child), referrers)
         for index in indexes.values()
         for child in layout.manifest(index).children
     ]
@@ -120,11 +121,11 @@ def one(platforms: dict[str, Platform], request: pytest.FixtureRequest) -> Platf
     return found
 
 
-def platform(layout: StoredLayout, manifest: Manifest) -> Platform:
+def platform(layout: StoredLayout, manifest: Manifest, referrers: dict[str, list[Manifest]]) -> Platform:
     config, *layers = manifest.children
     settings = json.loads(layout.read(config))
     predicates = {}
-    for referrer in layout.referrers().get(manifest.descriptor.digest, []):
+    for referrer in referrers.get(manifest.descriptor.digest, []):
         if referrer.artifact_type == "application/vnd.in-toto+json":
             statement = json.loads(layout.read(referrer.children[1]))
             assert [one["digest"] for one in statement["subject"]] == [{"sha256": manifest.descriptor.digest[7:]}]
