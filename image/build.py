@@ -11,14 +11,14 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from image import binaries, layer, layout, rootfs, unpack
+from image import binaries, inventory, layer, layout, rootfs, unpack
 from image.definition import Definition, Variant
 from image.fetch import fetch, fetch_wheels
 from image.layout import LayoutWriter
 from image.lockfile import Lock
 from image.model import ARCHITECTURES, Contents, Entry, EntryKind, Subject
+from image.parts import Parts, own_code
 from image.referrers import JSON, Descriptor, digest_of
-from image.rootfs import Parts
 from image.toolchain import Toolchain
 
 PREFIX = "io.meshcni.image."
@@ -115,7 +115,7 @@ class Builder:
             linked={package: unpacked[package] for package in linked},
             wheels=fetch_wheels(self.lock.wheels_for(architecture), self.cache),
             binaries=executables,
-            own_code=rootfs.own_code(self.repository / "src"),
+            own_code=own_code(self.repository / "src"),
             own_licence=(self.repository / "LICENSE").read_bytes(),
             compile=lambda files: binaries.compile_python(toolchain, files),
         )
@@ -129,7 +129,9 @@ class Builder:
         for architecture in ARCHITECTURES:
             layers = packed[architecture][variant.name].layers
             blobs = [writer.add_blob(layer.MEDIA_TYPE, one.data) for one in layers]
-            manifests[architecture] = writer.add_manifest(self._config(variant, architecture, layers), blobs, annotations)
+            manifests[architecture] = writer.add_manifest(
+                self._config(variant, architecture, layers), blobs, annotations
+            )
         writer.add_index(manifests, annotations, tags)
         for architecture, manifest in manifests.items():
             subject = Subject(
@@ -198,7 +200,7 @@ def split(contents: Contents, below: Contents | None = None) -> list[tuple[str, 
 
 
 def _is_code(entry: Entry) -> bool:
-    return entry.component.startswith(("meshcni:", "pypi:")) and entry.component != rootfs.IMAGE
+    return entry.component.startswith(("meshcni:", "pypi:")) and entry.component != inventory.IMAGE
 
 
 @contextmanager

@@ -36,7 +36,9 @@ class Installed:
         return f"{self.name}:{self.control['Architecture']}" if same else self.name
 
 
-def status_files(packages: Iterable[Installed], md5sums: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, bytes]]:
+def status_files(
+    packages: Iterable[Installed], md5sums: Mapping[str, Mapping[str, str]]
+) -> dict[str, tuple[str, bytes]]:
     """For each package its control fields, and the MD5 sums of those of its files that are in the image.
 
     By path: the package's name and the data.
@@ -88,14 +90,14 @@ def _triggers(packages: Sequence[Installed]) -> dict[str, bytes]:
                 lines["File"].append(f"{trigger} {name}")
             else:
                 lines.setdefault(trigger, []).append(name)
-    return {f"{_TRIGGERS}/{name}": "".join(f"{line}\n" for line in sorted(found)).encode() for name, found in lines.items()}
+    return {
+        f"{_TRIGGERS}/{name}": "".join(f"{line}\n" for line in sorted(found)).encode() for name, found in lines.items()
+    }
 
 
 def _status(package: Installed) -> str:
     fields = {"Package": package.name, "Status": "install ok installed", **package.control}
-    conffiles = [
-        f" {path} {package.conffile_sums[path]}" for path in sorted(package.conffile_sums)
-    ]
+    conffiles = [f" {path} {package.conffile_sums[path]}" for path in sorted(package.conffile_sums)]
     if conffiles:
         fields["Conffiles"] = "\n" + "\n".join(conffiles)
     return _paragraph(fields)

@@ -40,7 +40,7 @@ def read(path: str, data: bytes) -> Header | None:
                 interpreter = segment.get_interp_name()
         for section in file.iter_sections():
             if isinstance(section, DynamicSection):
-                needed += [tag.needed for tag in section.iter_tags("DT_NEEDED")]
+                needed += [str(getattr(tag, "needed")) for tag in section.iter_tags("DT_NEEDED")]  # noqa: B009
         return Header(file["e_machine"], interpreter, tuple(needed))
     except ELFError as error:
         raise ImageError(f"/{path}: not a whole ELF file: {error}", "is its package damaged?") from error

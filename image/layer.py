@@ -83,7 +83,7 @@ def _member(entry: Entry, seconds: int) -> tarfile.TarInfo:
 
 
 def _capability_xattr(permitted: int) -> str:
-    """The value of `security.capability`, as text: all its bytes have to be ASCII, which PAX records keep as they are."""
+    """The value of `security.capability` as text: its bytes have to be ASCII, which PAX records keep as they are."""
     low, high = permitted & 0xFFFFFFFF, permitted >> 32
     value = struct.pack("<IIIII", _VFS_CAP_REVISION_2, low, 0, high, 0)
     try:

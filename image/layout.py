@@ -1,4 +1,4 @@
-"""An OCI layout: written beside its final place and exchanged for it as a whole; and what a finished one holds by tag."""
+"""An OCI layout: written beside its final place and exchanged for it as a whole; and what one holds by tag."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def platform(architecture: str) -> JSON:
 def replacing(output: Path) -> Iterator[LayoutWriter]:
     """A writer whose folder takes the place of `output` at the end; after an error `output` is as it was.
 
-    A process that is killed leaves either the old layout or the new one, and perhaps a folder that the next one removes.
+    A process that is killed leaves either the old layout or the new one, and perhaps a folder, which the next removes.
     """
     new, old = output.with_name(output.name + _NEW), output.with_name(output.name + _OLD)
     try:

@@ -4,60 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import posixpath
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 
-from image import accounts, dpkgdb, elf, selection, trustedcas, unpack
-from image.binaries import Binaries
+from image import accounts, dpkgdb, elf, inventory, pruning, selection, trustedcas, unpack
 from image.definition import Definition, Variant
-from image.documents import cyclonedx, purl
-from image.model import Component, Contents, DebPackage, Entry, EntryKind, ImageError, Wheel
+from image.documents import cyclonedx
+from image.model import Component, Contents, Entry, EntryKind, ImageError
+from image.parts import Parts
 from image.tree import Tree
-from image.unpack import DOCUMENTS, Unpacked
+from image.unpack import Unpacked
+
 PYTHON = "usr/lib/python3.13"
 OWN = "usr/lib/meshcni"  # on the launcher's search path: our code and the wheels
 PLUGIN = "opt/cni/bin/istio-cni"
 TRAMPOLINE = "usr/local/bin/install-cni"
 LAUNCHER = "usr/local/lib/meshcni/install-cni"
 SBOM = "usr/share/meshcni/sbom/install-cni.cdx.json"
-AGENT, PLUGIN_KEY, LAUNCHER_KEY, IMAGE = "meshcni:agent", "meshcni:istio-cni", "meshcni:install-cni", "meshcni:image"
-_LICENCE_POINTER = re.compile(rb"/usr/share/common-licenses/([A-Za-z0-9.-]*[A-Za-z0-9])")
-_LICENCES = "usr/share/common-licenses"
-
-Compiler = Callable[[Mapping[str, bytes]], Mapping[str, bytes]]
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What an image of one architecture is made of, all variants of it."""
-
-    architecture: str
-    debs: Mapping[str, Sequence[Unpacked]]  # by group of the lock, without the architecture
-    linked: Mapping[DebPackage, Unpacked]  # packages whose code was linked into the executables
-    wheels: Mapping[Wheel, Path]
-    binaries: Binaries
-    own_code: Mapping[str, bytes]  # by path below OWN
-    own_licence: bytes
-    compile: Compiler  # sources to byte code, both by the path they get
 
 
 def assemble(definition: Definition, variant: Variant, parts: Parts, created: datetime) -> Contents:
     """Put the image together."""
     return _Assembly(definition, variant, parts).contents(created)
-
-
-def own_code(sources: Path) -> dict[str, bytes]:
-    """Our package by path below OWN."""
-    files = sorted((sources / "meshcni").rglob("*"))
-    return {
-        path.relative_to(sources).as_posix(): path.read_bytes()
-        for path in files
-        if path.is_file() and path.suffix in (".py", ".typed", ".json", ".txt")
-    }
 
 
 class _Assembly:
@@ -68,7 +36,7 @@ class _Assembly:
         self.tree = Tree()
         found = {one.package.name: one for group in variant.packages for one in parts.debs[group]}
         self.debs = [found[name] for name in sorted(found)]
-        self.components: dict[str, Component] = {}
+        self.wheels: list[Component] = []
 
     def contents(self, created: datetime) -> Contents:
         self._packages()
@@ -77,10 +45,8 @@ class _Assembly:
         self._select()
         self._compile()
         self._databases()
-        self._describe()
-        self.tree.complete(IMAGE)
-        if self.variant.package_database == "status.d":
-            self._put_bill_of_materials(created)
+        self.tree.complete(inventory.IMAGE)
+        self._put_bill_of_materials(created)
         self.tree.check([*(link.path for link in self.variant.links), *(row.link for row in self.variant.alternatives)])
         return self._contents()
 
@@ -103,22 +69,22 @@ class _Assembly:
         own = Tree()
         for locked, path in self.parts.wheels.items():
             component, entries = unpack.wheel(locked, path, OWN)
-            self.components[component.key] = component
+            self.wheels.append(component)
             for entry in entries:
                 own.add(entry)
-        for path, data in self.parts.own_code.items():
-            own.file(f"{OWN}/{path}", data, AGENT)
+        for name, data in self.parts.own_code.items():
+            own.file(f"{OWN}/{name}", data, inventory.AGENT)
         own.remove(selection.removed(list(own.entries), self.definition.own_removals))
         for entry in own.entries.values():
             self.tree.add(entry)
         version = self.definition.version
         metadata = f"Metadata-Version: 2.4\nName: meshcni\nVersion: {version}\nLicense-Expression: Apache-2.0\n"
-        self.tree.file(f"{OWN}/meshcni-{version}.dist-info/METADATA", metadata.encode(), AGENT)
+        self.tree.file(f"{OWN}/meshcni-{version}.dist-info/METADATA", metadata.encode(), inventory.AGENT)
         self._correct_records()
         binaries = self.parts.binaries
-        self.tree.file(PLUGIN, binaries.plugin.data, PLUGIN_KEY, 0o755)
-        self.tree.file(LAUNCHER, binaries.launcher.data, LAUNCHER_KEY, 0o755)
-        self.tree.file(TRAMPOLINE, binaries.trampoline.data, LAUNCHER_KEY, 0o755)
+        self.tree.file(PLUGIN, binaries.plugin.data, inventory.PLUGIN, 0o755)
+        self.tree.file(LAUNCHER, binaries.launcher.data, inventory.LAUNCHER, 0o755)
+        self.tree.file(TRAMPOLINE, binaries.trampoline.data, inventory.LAUNCHER, 0o755)
         trampoline = self.tree.entries[TRAMPOLINE]
         self.tree.put(replace(trampoline, permitted_capabilities=self.definition.capabilities))
 
@@ -133,7 +99,11 @@ class _Assembly:
         """What maintainer scripts would do, and the image's own configuration."""
         variant, tree = self.variant, self.tree
         for directory in variant.directories:
-            tree.put(Entry(directory.path, EntryKind.DIRECTORY, directory.mode, IMAGE, directory.uid, directory.gid))
+            tree.put(
+                Entry(
+                    directory.path, EntryKind.DIRECTORY, directory.mode, inventory.IMAGE, directory.uid, directory.gid
+                )
+            )
         for link in variant.links:
             tree.link(link.path, link.target, _key(link.package))
         for file in variant.files:
@@ -142,7 +112,7 @@ class _Assembly:
             tree.data(path).decode() if path in tree else "" for path in (accounts.PASSWD_MASTER, accounts.GROUP_MASTER)
         ]
         for path, (mode, text) in accounts.files(variant.accounts, *masters).items():
-            tree.file(path, text.encode(), IMAGE, mode)
+            tree.file(path, text.encode(), inventory.IMAGE, mode)
         certificates = trustedcas.certificates(tree.entries)
         key = unpack.deb_key("ca-certificates")
         tree.file(trustedcas.BUNDLE, trustedcas.bundle({path: tree.data(path) for path in certificates}), key)
@@ -159,50 +129,23 @@ class _Assembly:
         if variant.whole_packages:
             return
         tree.remove(elf.unneeded_libraries(tree.entries, self.parts.architecture, self.definition.loaded_libraries))
-        tree.remove(self._left_over_documents())
-        tree.remove(self._unmentioned_licences())
+        tree.remove(pruning.left_over_documents(tree))
+        tree.remove(pruning.unmentioned_licences(tree))
         made = {*kept, *(link.path for link in variant.links)}  # what image.toml asks for is never taken out silently
         while gone := tree.pointless() - made:
             tree.remove(gone)
 
-    def _left_over_documents(self) -> list[str]:
-        """The documents of packages of which nothing else stays, and to which no other's documents lead."""
-        documents: dict[str, list[str]] = {}
-        used = set()
-        for path, entry in self.tree.entries.items():
-            if entry.kind is EntryKind.DIRECTORY:
-                continue
-            if path.startswith(f"{DOCUMENTS}/"):
-                documents.setdefault(entry.component, []).append(path)
-            else:
-                used.add(entry.component)
-        for key in sorted(used):
-            for path in documents.get(key, ()):
-                entry = self.tree.entries[path]
-                if entry.kind is EntryKind.LINK:  # NAME -> OTHER, or NAME/copyright -> ../OTHER/copyright
-                    target = posixpath.normpath(posixpath.join(posixpath.dirname(path), entry.target))
-                    used.add(unpack.deb_key(target.removeprefix(f"{DOCUMENTS}/").split("/", 1)[0]))
-        return [path for key, paths in documents.items() if key not in used for path in paths]
-
-    def _unmentioned_licences(self) -> list[str]:
-        texts = [entry.data for entry in self.tree.files() if entry.path.startswith(f"{DOCUMENTS}/")]
-        names = {match.decode() for text in texts for match in _LICENCE_POINTER.findall(text)}
-        for name in list(names):
-            entry = self.tree.entries.get(f"{_LICENCES}/{name}")
-            if entry is not None and entry.kind is EntryKind.LINK:
-                names.add(entry.target)
-        below = f"{_LICENCES}/"
-        return [path for path in self.tree.entries if path.startswith(below) and path.removeprefix(below) not in names]
-
     # --- what is derived ----------------------------------------------------------------------------------------------
 
     def _compile(self) -> None:
-        """Byte code: beside our own sources, so that errors show their lines, and instead of others', which saves a third."""
+        """Byte code: beside our own sources, so that errors show their lines; instead of others', to save a third."""
         tree = self.tree
         folders = (OWN, PYTHON)
         paths = [one.path for one in tree.files() if one.path.endswith(".py") and one.path.startswith(folders)]
         small = (OWN,) if self.variant.whole_packages else folders
-        replaced = {path for path in paths if path.startswith(small) and tree.entries[path].component != AGENT}
+        replaced = {
+            path for path in paths if path.startswith(small) and tree.entries[path].component != inventory.AGENT
+        }
         compiled = self.parts.compile({path: tree.data(path) for path in paths})
         for path in paths:
             source = tree.entries[path]
@@ -219,12 +162,12 @@ class _Assembly:
         installed = [self._installed(one) for one in self.debs]
         if self.variant.package_database == "dpkg":
             for path, data in dpkgdb.database(installed).items():
-                self.tree.file(path, data, IMAGE)
+                self.tree.file(path, data, inventory.IMAGE)
             files, links = dpkgdb.alternatives(self.variant.alternatives)
             for path, data in files.items():
-                self.tree.file(path, data, IMAGE)
+                self.tree.file(path, data, inventory.IMAGE)
             for path, target in links.items():
-                self.tree.link(path, target, IMAGE)
+                self.tree.link(path, target, inventory.IMAGE)
             return
         shipped = {(one.key, entry.path) for one in self.debs for entry in one.entries}
         sums: dict[str, dict[str, str]] = {}
@@ -247,68 +190,31 @@ class _Assembly:
         paths = [entry.path for entry in unpacked.entries]
         return dpkgdb.Installed(unpacked.control, unpacked.control_files, paths, conffiles)
 
-    def _describe(self) -> None:
-        """The components of everything that is there."""
-        used = {entry.component for entry in self.tree.entries.values() if entry.kind is not EntryKind.DIRECTORY}
-        for unpacked in self.debs:
-            if unpacked.key in used:
-                licences = unpack.copyright_of(unpacked, self.debs)
-                self.components[unpacked.key] = unpack.deb_component(unpacked, licences)
-        binaries = self.parts.binaries
-        contains = {
-            PLUGIN_KEY: binaries.plugin.linked,
-            LAUNCHER_KEY: (*binaries.launcher.linked, *binaries.trampoline.linked),
-        }
-        for package in sorted({package for packages in contains.values() for package in packages}):
-            unpacked = self.parts.linked[package]
-            licences = unpack.copyright_of(unpacked, self.parts.linked.values())
-            component = unpack.deb_component(unpacked, licences, "static")
-            self.components[component.key] = component
-        for key in (AGENT, PLUGIN_KEY, LAUNCHER_KEY, IMAGE):
-            names = tuple(sorted({f"static:{package.name}" for package in contains.get(key, ())}))
-            self.components[key] = self._own_component(key, names)
-        for key in list(self.components):
-            if key.startswith("pypi:") and key not in used:
-                del self.components[key]
-
-    def _own_component(self, key: str, contains: tuple[str, ...]) -> Component:
-        name = {AGENT: "meshcni", IMAGE: self.definition.name}.get(key, key.removeprefix("meshcni:"))
-        architecture = "all" if key in (AGENT, IMAGE) else self.parts.architecture
-        return Component(
-            key=key,
-            kind="meshcni",
-            name=name,
-            version=self.definition.version,
-            architecture=architecture,
-            purl=purl.own(name, self.definition.version, architecture),
-            licence_texts={"LICENSE": self.parts.own_licence},
-            contains=contains,
-        )
-
     def _put_bill_of_materials(self, created: datetime) -> None:
         name, version = self.definition.name, self.definition.version
         bom = cyclonedx.document(self._contents(), name=name, version=version, created=created, files=False)
-        self.tree.file(SBOM, (json.dumps(bom, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode(), AGENT)
-        self.tree.complete(AGENT)
+        self.tree.file(
+            SBOM, (json.dumps(bom, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode(), inventory.AGENT
+        )
+        self.tree.complete(inventory.AGENT)
 
     def _contents(self) -> Contents:
-        entries = tuple(self.tree.entries[path] for path in sorted(self.tree.entries))
-        for entry in entries:
-            if entry.component not in self.components:
-                self._directory_of_removed(entry)
+        components = inventory.components(self.definition, self.parts, self.debs, self.wheels, self.tree)
+        # A directory may outlive the package that named it first; a file may not, and check() sees to that.
         entries = tuple(
-            entry if entry.component in self.components else replace(entry, component=IMAGE) for entry in entries
+            replace(entry, component=inventory.IMAGE)
+            if entry.kind is EntryKind.DIRECTORY and entry.component not in components
+            else entry
+            for _, entry in sorted(self.tree.entries.items())
         )
-        return Contents(self.parts.architecture, self.variant.name, entries, dict(sorted(self.components.items())))
-
-    def _directory_of_removed(self, entry: Entry) -> None:
-        """A directory may outlive the package that named it first; a file may not."""
-        if entry.kind is not EntryKind.DIRECTORY:
-            raise ImageError(f"/{entry.path} belongs to {entry.component}, which is no component of this image")
+        for entry in entries:
+            if entry.component not in components:
+                raise ImageError(f"/{entry.path} belongs to {entry.component}, which is no component of this image")
+        return Contents(self.parts.architecture, self.variant.name, entries, components)
 
 
 def _key(package: str) -> str:
-    return unpack.deb_key(package) if package else IMAGE
+    return unpack.deb_key(package) if package else inventory.IMAGE
 
 
 def _md5(data: bytes) -> str:

@@ -58,4 +58,3 @@ def check_every_pattern(paths: Collection[str], rules: Iterable[Removal], file: 
                     f"{file}: the pattern {pattern!r} ({rule.why}) matches no file of any package",
                     "the file was renamed or is gone: correct or remove the pattern",
                 )
-

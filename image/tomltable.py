@@ -97,7 +97,7 @@ class TomlTable:
     def _path(self, key: str) -> str:
         return f"{self.where}.{key}" if self.where else key
 
-    def _get(self, key: str, kind: type[_T], default: Any) -> _T:
+    def _get(self, key: str, kind: type[_T], default: Any) -> _T:  # noqa: ANN401
         self._read.add(key)
         if key not in self._data:
             if default is _REQUIRED:

@@ -77,14 +77,15 @@ class Tree:
 
     def check(self, links: Iterable[str]) -> None:
         """Refuse an entry below something that is no directory, and one of `links` that leads nowhere."""
-        for path, entry in self.entries.items():
+        for path in self.entries:
             parent = posixpath.dirname(path)
             if parent and self.entries[parent].kind is not EntryKind.DIRECTORY:
                 raise ImageError(f"/{path} lies below /{parent}, which is no directory")
         for path in links:
             if not self.resolves(path):
                 raise ImageError(
-                    f"the link /{path} to {self.entries[path].target} leads nowhere", "correct or remove it in image.toml"
+                    f"the link /{path} to {self.entries[path].target} leads nowhere",
+                    "correct or remove it in image.toml",
                 )
 
     def resolves(self, path: str) -> bool:

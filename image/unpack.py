@@ -76,17 +76,16 @@ def _place(name: str) -> str:
 def _entry(
     path: str, member: tarfile.TarInfo, data: bytes | None, before: Mapping[str, Entry], package: DebPackage
 ) -> Entry:
-    key, mode = deb_key(package.name), member.mode & _SAFE_MODE
-    owner = {"uid": member.uid, "gid": member.gid}
+    kind, mode, content, target = EntryKind.FILE, member.mode & _SAFE_MODE, data, ""
     if member.isdir():
-        return Entry(path, EntryKind.DIRECTORY, mode, key, **owner)
-    if member.issym():
-        return Entry(path, EntryKind.LINK, 0o777, key, target=member.linkname, **owner)
-    if member.islnk():
-        return Entry(path, EntryKind.FILE, mode, key, data=before[_place(member.linkname)].data, **owner)
-    if data is None:
+        kind, content = EntryKind.DIRECTORY, b""
+    elif member.issym():
+        kind, mode, content, target = EntryKind.LINK, 0o777, b"", member.linkname
+    elif member.islnk():
+        content = before[_place(member.linkname)].data
+    if content is None:
         raise ImageError(f"{package.name}: /{path} is neither file, directory nor link", "remove its package")
-    return Entry(path, EntryKind.FILE, mode, key, data=data, **owner)
+    return Entry(path, kind, mode, deb_key(package.name), member.uid, member.gid, content, target)
 
 
 def deb_component(unpacked: Unpacked, licences: Mapping[str, bytes], kind: str = "deb") -> Component:
