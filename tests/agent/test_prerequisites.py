@@ -133,6 +133,14 @@ def test_an_api_that_does_not_answer_is_no_reason() -> None:
     assert found.reasons() == ()
 
 
+def test_an_api_that_goes_away_after_a_refusal_releases_nothing() -> None:
+    api = Api("*")
+    world = World(api, lambda: setattr(api, "failure", ApiError(0, "no connection")), lambda: None)
+    found = world.run()
+    assert not found.released.is_set()
+    assert found.reasons()
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_refused_reviews(status: int) -> None:
     api = Api()

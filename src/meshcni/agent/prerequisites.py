@@ -22,7 +22,6 @@ from meshcni.kube.informer import Informer
 
 log = logging.getLogger(__name__)
 
-FIRST_LOOK_SECONDS = 2.0  # nothing is installed before; an API server that is away does not keep us longer
 LOOK_SECONDS = 5.0  # how often the informers' failures are looked at
 ROUNDS_TO_A_NOTE = 60  # of those, until what merely degrades is asked for again
 FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 2.0, 30.0
@@ -58,7 +57,7 @@ class Prerequisites:
 
     async def run(self) -> None:
         """Review rights, and again when there is reason to."""
-        await self._first_look()
+        await self._look()
         pause = FIRST_RETRY_SECONDS
         while True:
             if self._lacks_right() or not self.review.known:
@@ -68,20 +67,6 @@ class Prerequisites:
                 pause = FIRST_RETRY_SECONDS
                 await self._wait_for_doubt()
             await self._look()
-
-    async def _first_look(self) -> None:
-        """Look, and let the agent begin when nothing is missing, or when nobody answers.
-
-        An API server that is away is away for everybody, and comes back; a role that is missing does not.
-        """
-        look = asyncio.ensure_future(self._look())
-        try:
-            await asyncio.wait((look,), timeout=FIRST_LOOK_SECONDS)
-            if not look.done() and not self._lacks_mount():
-                self.released.set()
-            await look
-        finally:
-            look.cancel()
 
     async def _wait_for_doubt(self) -> None:
         """Wait until the API server refuses an informer, or until it is time to ask for what only degrades."""
@@ -94,7 +79,13 @@ class Prerequisites:
             rounds -= 1
 
     async def _look(self) -> None:
+        """Look, and let the agent begin when nothing is missing, or when nobody answers.
+
+        An API server that is away is away for everybody, and comes back; a role that is missing does not.
+        """
         found = await self._ask() if self.settings.kubernetes_service_host else rights.UNKNOWN  # not within a pod
+        if not found.known and self._lacks_right():
+            return  # what was refused stays refused while nobody answers
         self._refusals = self._refusals + 1 if _stops(found.refused) else 0
         if self.released.is_set() and 0 < self._refusals < CONFIRMATIONS:
             return

@@ -12,7 +12,7 @@ from meshcni.agent.needs import Weight
 from meshcni.errors import KubeError
 from meshcni.kube.client import DAEMONSETS, EVENTS, NAMESPACES, NODES, PODS, Resource
 
-ASK_SECONDS = 3.0  # for one question; all of them are asked at once
+ASK_SECONDS = 5.0  # for all questions, which are asked at once; nothing is installed before
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,11 @@ async def review(api: Asks, rights: Sequence[Right], namespace: str, refused_lis
     except KubeError as error:
         if error.status == 401:
             return Review(tuple(rights), str(error))
-        refused = tuple(right for right in rights if right.resource.plural in refused_lists and not right.subresource)
-        return Review(refused) if error.status == 403 and refused else UNKNOWN
+        if error.status != 403:
+            return UNKNOWN
+        return Review(
+            tuple(right for right in rights if right.resource.plural in refused_lists and not right.subresource)
+        )
     return Review(tuple(right for right, yes in zip(rights, allowed, strict=True) if not yes))
 
 

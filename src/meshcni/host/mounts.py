@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from meshcni import istio
 from meshcni.host.procfs import read_text
 
 MOUNTINFO = "/proc/thread-self/mountinfo"
@@ -34,7 +35,8 @@ def why_not_of_host(directory: str, mounts: Iterable[MountPoint]) -> str:
     """Say why `directory` cannot be a directory of the host; empty when it is mounted into this container.
 
     What lies on the container's root is the container's own, whatever the root's file system is (an overlay, or a plain
-    directory of the host with other snapshotters). So is what lies on a tmpfs further up, as podman makes one of /run.
+    directory of the host with other snapshotters). So is what lies on a tmpfs further up, as podman makes one of /run;
+    not below /host, where that is the root of a host that runs from memory.
     """
     place = os.path.realpath(directory)
     above = [mount for mount in mounts if _holds(mount.path, place)]
@@ -47,7 +49,8 @@ def why_not_of_host(directory: str, mounts: Iterable[MountPoint]) -> str:
         return f"{directory} {there}"
     if _EMPTY_DIR in deepest.root:
         return f"{directory} is an emptyDir volume"
-    if deepest.kind == "tmpfs" and deepest.root == "/" and deepest.path != place:
+    on_tmpfs = deepest.kind == "tmpfs" and deepest.root == "/" and deepest.path != place
+    if on_tmpfs and not _holds(istio.HOST_ROOT, deepest.path):
         return f"{directory} is on a tmpfs of the container, mounted at {deepest.path}"
     return ""
 

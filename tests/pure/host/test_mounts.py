@@ -15,6 +15,7 @@ HOST_BIN = "40 27 254:0 /opt/cni/bin /host/opt/cni/bin rw - ext4 /dev/vda rw"
 HOST_RUN = "41 27 0:22 /istio-cni /srv/run/istio-cni rw - tmpfs tmpfs rw,mode=755"
 PODMAN_RUN = "42 27 0:70 / /srv/run rw,nosuid,nodev - tmpfs tmpfs rw"
 WHOLE_HOST = "43 27 254:0 / /host rw - ext4 /dev/vda rw"
+HOST_IN_MEMORY = "46 27 0:71 / /host rw - tmpfs rootfs rw"
 EMPTY_DIR = (
     "44 27 254:0 /var/lib/kubelet/pods/a-b/volumes/kubernetes.io~empty-dir/run /srv/run/istio-cni rw - ext4 /dev/vda rw"
 )
@@ -31,6 +32,7 @@ EMPTY_DIR = (
         ((HOST_BIN,), "/host/opt/cni/binary", "does not exist"),
         ((HOST_BIN,), "/host/etc/cni/net.d", "does not exist"),
         ((WHOLE_HOST,), "/host/etc/cni/net.d", ""),
+        ((HOST_IN_MEMORY,), "/host/etc/cni/net.d", ""),
         ((HOST_RUN,), "/srv/run/istio-cni", ""),
         ((PODMAN_RUN,), "/srv/run/istio-cni", "is on a tmpfs of the container, mounted at /srv/run"),
         ((PODMAN_RUN, HOST_RUN), "/srv/run/istio-cni", ""),
