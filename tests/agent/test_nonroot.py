@@ -146,6 +146,22 @@ def test_ambient_pod(nonroot: Scene, ambient: AmbientScene, ztunnel: Program, va
     ambient.wait_annotation(pod, "enabled")
 
 
+def test_only_root_is_ztunnel_and_needs_no_capability_for_it(nonroot: Scene, ambient: AmbientScene) -> None:
+    """Istio's chart runs ztunnel as root without DAC_OVERRIDE; 65532 is the user of many other images."""
+    ambient.ready()
+    nonroot.open_to_everybody()
+    program = (
+        "import socket, sys\n"
+        "connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); connection.settimeout(1)\n"
+        "connection.connect(sys.argv[1])\n"
+        "try: print('refused' if connection.recv(1) == b'' else 'answered')\n"
+        "except TimeoutError: print('waited for')\n"
+    )
+    for uid, answer in ((0, "waited for"), (NONROOT, "refused")):
+        command = (*user(uid, ()), "/usr/bin/python3", "-c", program, str(nonroot.ztunnel_socket))
+        assert subprocess.check_output(command, text=True) == f"{answer}\n"
+
+
 def test_node_changes_hands_between_root_and_nonroot(nonroot: Scene) -> None:
     """Upgrade from an agent of root's to one of 65532 and back; each finds and mends what the other has left."""
     for turn, uid in enumerate((0, NONROOT, 0, NONROOT)):

@@ -39,7 +39,7 @@ from meshcni.agent.web import JSON, MAX_CONNECTIONS, Request, Response, WebServe
 from meshcni.cli.control import PURGE_QUERY, STATUS_PATH, UNINSTALL_PATH
 from meshcni.errors import MeshCniError, SettingError
 from meshcni.host.capabilities import complaint, missing_capabilities
-from meshcni.host.sockets import listen_seqpacket, listen_stream
+from meshcni.host.sockets import OPEN_SOCKET_MODE, SOCKET_MODE, listen_seqpacket, listen_stream
 from meshcni.kube.client import NAMESPACES, PODS, KubeApi
 from meshcni.kube.events import EventRecorder
 from meshcni.kube.informer import Informer
@@ -149,7 +149,7 @@ class Agent:
         if reachable:
             await self._serve_plugins(run_dir)
         if self.ambient is not None and not self.prerequisites.lacks(*AMBIENT_MOUNTS):
-            ztunnel_socket = self._socket(listen_seqpacket, Path(settings.ztunnel_uds_address), callable_by_us=False)
+            ztunnel_socket = self._socket(_listen_to_ztunnel, Path(settings.ztunnel_uds_address), callable_by_us=False)
             self._spawn("ztunnel", self.ambient.ztunnel.run(ztunnel_socket))
             self._spawn("ambient", self.ambient.run())
         await self._serve_tcp()
@@ -484,6 +484,11 @@ class Agent:
                 gc.collect()
                 gc.freeze()
                 self._frozen = True
+
+
+def _listen_to_ztunnel(path: Path) -> socket.socket:
+    """Istio's chart runs ztunnel as root without DAC_OVERRIDE: it may only call what is root's or everybody's."""
+    return listen_seqpacket(path, OPEN_SOCKET_MODE if os.geteuid() else SOCKET_MODE)
 
 
 def _said(sentences: tuple[str, ...]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from meshcni.errors import ProtocolError
 
 BACKLOG = 512  # 50 ADDs at once must queue in the kernel, not be refused
 SOCKET_MODE = 0o600
+OPEN_SOCKET_MODE = 0o666  # whoever accepts looks at who calls
 PARENT_MODE = 0o750
 MAX_DESCRIPTORS = 8  # taken from one message, so that surplus ones are seen and closed; a request carries exactly one
 MAX_PATH_BYTES = 107  # sun_path holds 108 with the closing NUL (unix(7))
