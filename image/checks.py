@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from image import attestations, evidence, layercontents, signing
-from image.attestations import DSSE, PROVENANCE, SPDX, short_type
+from image.attestations import CYCLONEDX, DSSE, PROVENANCE, SPDX, short_type
 from image.keys import PublicKey
 from image.lockfile import Lock
 from image.model import ImageError
@@ -141,30 +141,48 @@ def attestation(
     return f"{short_type(predicate_type)} {manifest.descriptor.digest} is about this image{signed}"
 
 
-def bill_of_materials(layout: StoredLayout, about: Referrers, image: Platform, key: PublicKey | None) -> str:
-    """The SPDX document lists exactly the files of the layers, with their digests."""
-    _, predicate = accepted(layout, about, image, SPDX, key)
+def _spdx_files(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for file in document["files"]:
+        for checksum in file["checksums"]:
+            if checksum["algorithm"] == "SHA256":
+                yield file["fileName"], checksum["checksumValue"]
+
+
+def _cyclonedx_files(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for component in document["components"]:
+        if component["type"] == "file":
+            for checksum in component["hashes"]:
+                if checksum["alg"] == "SHA-256":
+                    yield component["name"], checksum["content"]
+        elif "components" in component:
+            yield from _cyclonedx_files(component)
+
+
+BILLS_OF_MATERIALS = {SPDX: _spdx_files, CYCLONEDX: _cyclonedx_files}
+
+
+def bill_of_materials(
+    layout: StoredLayout, about: Referrers, image: Platform, predicate_type: str, key: PublicKey | None
+) -> str:
+    """The document lists exactly the files of the layers, with their digests."""
+    name, where = short_type(predicate_type), f"{layout.path}: {image.descriptor.digest}"
+    _, predicate = accepted(layout, about, image, predicate_type, key)
     try:
-        listed = {
-            file["fileName"].removeprefix("./").lstrip("/"): checksum["checksumValue"]
-            for file in predicate["files"]
-            for checksum in file["checksums"]
-            if checksum["algorithm"] == "SHA256"
-        }
+        files = BILLS_OF_MATERIALS[predicate_type](predicate)
+        listed = {path.removeprefix(".").lstrip("/"): digest for path, digest in files}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ImageError(f"{layout.path}: {image.descriptor.digest}: SPDX document without files: {error!r}") from None
+        raise ImageError(f"{where}: {name}: no list of files: {error!r}") from None
     found = layercontents.regular_files(layout, layout.manifest(image.descriptor))
-    where = f"{layout.path}: {image.descriptor.digest}"
     for problem, paths in (
-        ("in the layers, but not in the SBOM", found.keys() - listed.keys()),
-        ("in the SBOM, but not in the layers", listed.keys() - found.keys()),
+        (f"in the layers, but not in {name}", found.keys() - listed.keys()),
+        (f"in {name}, but not in the layers", listed.keys() - found.keys()),
     ):
         if paths:
             raise ImageError(f"{where}: {len(paths)} files are {problem}: {_first(paths)}")
     for path in sorted(found):
         if found[path] != listed[path]:
-            raise ImageError(f"{where}: {path}: expected SHA-256 {listed[path]}, as the SBOM says, found {found[path]}")
-    return f"{len(found)} files of the layers are those of the SBOM"
+            raise ImageError(f"{where}: {path}: expected SHA-256 {listed[path]}, as {name} says, found {found[path]}")
+    return f"{len(found)} files of the layers are those of {name}"
 
 
 @dataclass(frozen=True, slots=True)

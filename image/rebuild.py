@@ -36,7 +36,7 @@ def compare(published: StoredLayout, rebuilt: StoredLayout) -> str:
         if other is None:
             known = ", ".join(tag for one in ours for tag in one.tags)
             raise ImageError(
-                f"{published.path}: {name}: nothing that was rebuilt has its digest or tags; there are: {known}",
+                f"{name}: nothing that was rebuilt has its digest or tags; there are: {known}",
                 NOT_EQUAL,
             )
         _compare_indexes(name, published, image, rebuilt, other)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from image import checks, definition, lockfile, registry, tools
-from image.attestations import DECLARED
+from image.attestations import DECLARED, PROVENANCE
 from image.checks import Locked
 from image.keys import PublicKey, read_public
 from image.model import ImageError
@@ -66,10 +66,14 @@ def verify_image(
         where = f"{name} {platform.architecture}"
         if key:
             report.run(where, partial(checks.platform, layout, about, platform, key))
-        for kind in DECLARED:
-            report.run(where, partial(checks.attestation, layout, about, platform, kind, key))
-        report.run(where, partial(checks.bill_of_materials, layout, about, platform, key))
-        if locked:
+        attested = [
+            kind
+            for kind in DECLARED
+            if report.run(where, partial(checks.attestation, layout, about, platform, kind, key))
+        ]
+        for kind in filter(checks.BILLS_OF_MATERIALS.__contains__, attested):
+            report.run(where, partial(checks.bill_of_materials, layout, about, platform, kind, key))
+        if locked and PROVENANCE in attested:
             report.run(where, partial(checks.materials, layout, about, platform, key, locked))
 
 

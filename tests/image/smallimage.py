@@ -121,6 +121,10 @@ def predicates(files: Mapping[str, bytes], architecture: str, variant: str) -> d
             for name, data in files.items()
         ],
     }
+    cyclonedx = [
+        {"type": "file", "name": f"/{name}", "hashes": [{"alg": "SHA-256", "content": sha256(data)}]}
+        for name, data in files.items()
+    ]
     debs = LOCK.group(f"runtime/{architecture}") + (LOCK.group(f"dev/{architecture}") if variant == "dev" else ())
     materials = {one.path.rsplit("/", 1)[-1]: one.sha256 for one in debs} | {WHEEL.filename: WHEEL.sha256}
     provenance = {
@@ -134,7 +138,14 @@ def predicates(files: Mapping[str, bytes], architecture: str, variant: str) -> d
     }
     return {
         attestations.SPDX: ("sbom.spdx", spdx),
-        attestations.CYCLONEDX: ("sbom.cyclonedx", {"bomFormat": "CycloneDX", "specVersion": "1.6", "components": []}),
+        attestations.CYCLONEDX: (
+            "sbom.cyclonedx",
+            {
+                "bomFormat": "CycloneDX",
+                "specVersion": "1.6",
+                "components": [{"type": "library", "components": cyclonedx}],
+            },
+        ),
         attestations.PROVENANCE: ("provenance", provenance),
         attestations.OPENVEX: ("vex", {"@context": attestations.OPENVEX, "statements": []}),
     }

@@ -141,16 +141,20 @@ def test_a_folder_that_is_no_layout_is_not_signed(tmp_path: Path) -> None:
         signing.sign(tmp_path, KEY)
 
 
-SIGN_ON_FULL_DISK = """
+PROGRAM = """
 import sys
 from pathlib import Path
-from image import keys, signing
+from image import cosignfolder, keys, signing
 from image.model import ImageError
 try:
-    signing.sign(Path(sys.argv[1]), keys.generate())
+    {statement}
 except ImageError as error:
-    sys.exit(f"ImageError: {error.message}")
+    sys.exit(f"ImageError: {{error.message}}")
 """
+SIGN_ON_FULL_DISK = PROGRAM.format(statement="signing.sign(Path(sys.argv[1]), keys.generate())")
+EXPORT_TO_FULL_DISK = PROGRAM.format(
+    statement="cosignfolder.export(Path(sys.argv[1]), '1', '', Path(sys.argv[2]) / 'export')"
+)
 
 FULL_DISK = """
 mount -t tmpfs -o mode=755 none "$2"
@@ -159,6 +163,25 @@ mount -o remount,size=$(($(df --output=used -k "$2" | tail -1) + $3))k "$2"
 "$4" -c "$5" "$2/image" 2> "$1.said" && exit 9
 rm -rf "$1" && cp -r "$2/image" "$1"
 """
+
+
+EXPORT = """
+mount -t tmpfs -o mode=755,size="$3"k none "$2"
+"$4" -c "$5" "$1" "$2" 2> "$1.said" && exit 9
+ls -A "$2" > "$1.left"
+"""
+
+
+@pytest.mark.parametrize("kilobytes", [4, 16, 40])
+def test_a_full_disk_gets_no_part_of_an_export(layout: Path, tmp_path: Path, kilobytes: int) -> None:
+    signing.sign(layout, KEY)
+    (tmp_path / "small").mkdir()
+    arguments = [str(layout), str(tmp_path / "small"), str(kilobytes), sys.executable, EXPORT_TO_FULL_DISK]
+    command = ["unshare", "--mount", "sh", "-ec", EXPORT, "sh", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert os.strerror(errno.ENOSPC) in Path(f"{layout}.said").read_text()
+    assert Path(f"{layout}.left").read_text() == ""
 
 
 @pytest.mark.parametrize("kilobytes", [0, 8, 100, 200])
