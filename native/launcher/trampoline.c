@@ -35,11 +35,10 @@ static void hand_on(void)
 {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
     struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3];
-    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
     if (syscall(SYS_capget, &header, data) != 0)
         return;
     const unsigned held = data[0].permitted & wanted;
-    data[0].inheritable = held;
+    data[0].inheritable = held; /* the kernel takes out of the ambient set what is not inheritable */
     data[1].inheritable = 0;
     if (syscall(SYS_capset, &header, data) != 0)
         return;
