@@ -80,7 +80,7 @@ def open_envelope(data: bytes, key: PublicKey, origin: str) -> bytes:
     try:
         found = Envelope.from_dict(json.loads(data))
         signatures = [bytes.fromhex(signature.signature) for signature in found.signatures.values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ImageError(f"{origin}: no DSSE envelope: {error!r}") from None
     if found.payload_type != IN_TOTO:
         raise ImageError(f"{origin}: expected a payload of type {IN_TOTO}, found {found.payload_type}")

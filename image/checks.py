@@ -99,7 +99,7 @@ def _statement(layout: StoredLayout, image: Platform, manifest: Manifest, predic
         content = json.loads(data)
         kind, digests = content["predicateType"], [subject["digest"]["sha256"] for subject in content["subject"]]
         predicate = content["predicate"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ImageError(f"{path}: no in-toto statement: {error!r}") from None
     if kind != predicate_type:
         raise ImageError(f"{path}: expected a statement of type {predicate_type}, found {kind}")

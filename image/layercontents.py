@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -61,11 +60,13 @@ def members(path: Path, media_type: str, diff_id: str) -> Iterator[tuple[tarfile
 
 def layers(layout: StoredLayout, manifest: Manifest) -> tuple[tuple[Descriptor, str], ...]:
     """Name an image's layers, each with the digest that its unpacked form must have."""
+    if not manifest.children:
+        raise ImageError(f"{manifest.descriptor.digest}: expected a configuration and layers, found nothing")
     config, *blobs = manifest.children
-    content = json.loads(layout.read(config))
-    diff_ids = content.get("rootfs", {}).get("diff_ids", []) if isinstance(content, dict) else []
-    if len(diff_ids) != len(blobs):
-        raise ImageError(f"{config.digest}: expected {len(blobs)} diff_ids, one a layer, found {len(diff_ids)}")
+    rootfs = layout.document(config).get("rootfs")
+    diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+    if not isinstance(diff_ids, list) or len(diff_ids) != len(blobs):
+        raise ImageError(f"{config.digest}: expected {len(blobs)} diff_ids, one a layer, found {str(diff_ids)[:120]}")
     return tuple(zip(blobs, map(str, diff_ids), strict=True))
 
 

@@ -49,7 +49,7 @@ def open_payload(said: bytes, encoded: str, key: PublicKey, signed: str) -> dict
             return None
         optional = content.get("optional") or {}
         return optional if isinstance(optional, dict) else None
-    except (binascii.Error, ValueError, KeyError, TypeError):
+    except (binascii.Error, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -88,9 +88,8 @@ def images(layout: StoredLayout) -> tuple[SignedImage, ...]:
 
 
 def _platforms(index: Manifest, about: dict[str, list[Manifest]]) -> Iterator[Platform]:
-    for child, entry in zip(index.children, index.content["manifests"], strict=True):
+    for child, architecture in index.platforms:
         mine = [one for one in about.get(child.digest, ()) if one.artifact_type == attestations.IN_TOTO]
-        architecture = (entry.get("platform") or {}).get("architecture", "")
         yield Platform(child, architecture, tuple(mine))
 
 

@@ -32,8 +32,23 @@ class Manifest:
     @property
     def children(self) -> tuple[Descriptor, ...]:
         """Everything that the document names below itself; its subject is not below it."""
-        named = [self.content.get("config"), *self.content.get("layers", ()), *self.content.get("manifests", ())]
-        return tuple(descriptor(one, self.descriptor.digest) for one in named if one is not None)
+        config = self.content.get("config")
+        named = [*([] if config is None else [config]), *self._list("layers"), *self._list("manifests")]
+        return tuple(descriptor(one, self.descriptor.digest) for one in named)
+
+    def _list(self, name: str) -> list[Any]:
+        found = self.content.get(name, [])
+        if not isinstance(found, list):
+            raise ImageError(f"{self.descriptor.digest}: {name}: expected a list, found {str(found)[:120]}", AGAIN)
+        return found
+
+    @property
+    def platforms(self) -> tuple[tuple[Descriptor, str], ...]:
+        """An index's images, each with its architecture."""
+        rows = self._list("manifests")
+        platforms = [row.get("platform") if isinstance(row, dict) else None for row in rows]
+        named = [str(one.get("architecture", "")) if isinstance(one, dict) else "" for one in platforms]
+        return tuple((descriptor(row, self.descriptor.digest), name) for row, name in zip(rows, named, strict=True))
 
     @property
     def artifact_type(self) -> str:
@@ -84,7 +99,7 @@ class StoredLayout:
             value = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise ImageError(f"{path}: missing; expected an OCI layout", "`make image` writes build/image") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ImageError(f"{path}: {error}", AGAIN) from None
         if not isinstance(value, dict):
             raise ImageError(f"{path}: expected a JSON object, found {str(value)[:120]}", AGAIN)
@@ -137,14 +152,26 @@ class StoredLayout:
             raise ImageError(f"{self.blob_path(blob.digest)}: changed while it was read", AGAIN)
         return data
 
+    def document(self, named: Descriptor) -> Mapping[str, Any]:
+        """Read a blob that is a JSON object."""
+        try:
+            content = json.loads(self.read(named))
+        except (ValueError, RecursionError) as error:
+            raise ImageError(f"{self.blob_path(named.digest)}: no JSON: {error}", AGAIN) from None
+        if not isinstance(content, dict):
+            raise ImageError(
+                f"{self.blob_path(named.digest)}: expected a JSON object, found {str(content)[:120]}", AGAIN
+            )
+        return content
+
     def manifest(self, named: Descriptor) -> Manifest:
         """Read an image manifest or index."""
         if named.media_type not in (MANIFEST, INDEX):
             raise ImageError(
                 f"{self.path}: {named.digest}: expected an image or an index, found {named.media_type}", AGAIN
             )
-        content = json.loads(self.read(named))
-        if not isinstance(content, dict) or content.get("mediaType", named.media_type) != named.media_type:
+        content = self.document(named)
+        if content.get("mediaType", named.media_type) != named.media_type:
             raise ImageError(f"{self.blob_path(named.digest)}: expected a document of type {named.media_type}", AGAIN)
         return Manifest(named, content)
 

@@ -155,6 +155,32 @@ def test_a_layout_without_images_is_not_verified(layout: Path) -> None:
     assert str(layout) in layout_failure
 
 
+ODD = [b"", b"[]", b"3", b"{}", b'{"layers": 3, "manifests": 3}', b'{"config": []}', b"[" * 100000, b"\xff\x00"]
+
+
+@pytest.mark.parametrize("content", [*ODD, b'{"manifests": [{}]}', b'{"manifests": [3]}', b'{"mediaType": "other"}'])
+def test_a_tampered_index_with_its_right_digest_fails_without_a_crash(layout: Path, content: bytes) -> None:
+    replace_in_index_json(layout, StoredLayout(layout).tags["1"].digest, content)
+    assert failures(layout)
+
+
+@pytest.mark.parametrize("content", [*ODD, b'{"config": {"mediaType": 1}}', b'{"subject": 3}', b'{"subject": {}}'])
+@pytest.mark.parametrize("artifact_type", [signing.SIGNATURE, attestations.DSSE, attestations.IN_TOTO])
+def test_a_tampered_referrer_with_its_right_digest_fails_without_a_crash(
+    layout: Path, artifact_type: str, content: bytes
+) -> None:
+    digest = signatures_of(layout, artifact_type)[platform_of(layout)][0]
+    replace_in_index_json(layout, digest, content)
+    assert failures(layout)
+
+
+def replace_in_index_json(layout: Path, digest: str, content: bytes) -> None:
+    """Let everything that index.json says of a manifest be said of `content`."""
+    smallimage.blob(layout, digest_of(content)).write_bytes(content)
+    new = {"digest": digest_of(content), "size": len(content)}
+    edit_index(layout, lambda entries: [{**one, **new} if one["digest"] == digest else one for one in entries])
+
+
 # --- tags -------------------------------------------------------------------------------------------------------------
 
 
@@ -210,13 +236,7 @@ def test_an_index_that_was_made_anew_has_no_signature(layout: Path) -> None:
     content = json.loads(stored.read(index))
     content["manifests"] = content["manifests"][:1]
     data = encode(content)
-    smallimage.blob(layout, digest_of(data)).write_bytes(data)
-
-    def edit(entries: list[dict[str, object]]) -> list[dict[str, object]]:
-        new = {"digest": digest_of(data), "size": len(data)}
-        return [{**one, **new} if one["digest"] == index.digest else one for one in entries]
-
-    edit_index(layout, edit)
+    replace_in_index_json(layout, index.digest, data)
     (failure,) = failures(layout)
     assert digest_of(data).removeprefix("sha256:") in failure
     assert "expected a signature" in failure
