@@ -81,6 +81,17 @@ class Podman:
             raise
         return Finished(process.returncode, output.decode(), errors.decode())
 
+    def logs(self, name: str) -> str:
+        """Return what a container has written."""
+        done = self.execute("logs", name)
+        return done.output + done.errors
+
+    def process_status(self, name: str) -> dict[str, str]:
+        """Return /proc/PID/status of a container's process 1."""
+        pid = self.execute("inspect", "--format", "{{.State.Pid}}", name).output.strip()
+        text = self.node.run(["cat", f"/proc/{pid}/status"])
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+
     def remove(self, name: str) -> None:
         """Stop and remove a container."""
         self.execute("rm", "-f", "-t", "5", name)
