@@ -12,7 +12,7 @@ from meshcni.agent.needs import Weight
 from meshcni.errors import KubeError
 from meshcni.kube.client import DAEMONSETS, EVENTS, NAMESPACES, NODES, PODS, Resource
 
-ASK_SECONDS = 5.0  # for all questions, which are asked at once; nothing is installed before
+REVIEW_SECONDS = 5.0  # for all questions, one after the other on one connection; nothing is installed before
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,10 @@ async def review(api: Asks, rights: Sequence[Right], namespace: str, refused_lis
     has taken that away. `namespace` is the agent's, for what is asked for there alone.
     """
     try:
-        allowed = await asyncio.gather(*(_allowed(api, right, namespace) for right in rights))
+        async with asyncio.timeout(REVIEW_SECONDS):
+            allowed = [await _allowed(api, right, namespace) for right in rights]
+    except TimeoutError:
+        return UNKNOWN
     except KubeError as error:
         if error.status == 401:
             return Review(tuple(rights), str(error))
@@ -103,5 +106,5 @@ async def _allowed(api: Asks, right: Right, namespace: str) -> bool:
         subresource=right.subresource,
         name=right.name,
         namespace=namespace if right.name else "",
-        timeout=ASK_SECONDS,
+        timeout=REVIEW_SECONDS,
     )
