@@ -14,13 +14,14 @@ from lab.mesh import Mesh
 from lab.node import LabError
 from rich.console import Console
 
-from bench import adds, agent, ambient, plugin
+from bench import adds, agent, ambient, image, plugin
 from bench.report import Row, show
 from meshcni.rules.model import Backend
 
 PIPE_WIDTH = 140  # characters of a line when the output is no terminal
 PARTS: Mapping[str, Callable[[Mesh], list[Row]]] = {
     "start": agent.starts,
+    "image": image.measure,
     "plugin": plugin.measure,
     "unmeshed": adds.unmeshed,
     "nftables": lambda mesh: adds.sidecar(mesh, Backend.NFTABLES),
