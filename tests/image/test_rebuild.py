@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import pytest
 from image.model import ImageError
 from image.stored import StoredLayout
 from tests.image import smallimage
-from tests.image.verification import signed
+from tests.image.verification import KEY, signed
 
-from image import rebuild
+from image import keys, rebuild, signing, verify
 
 
 @pytest.fixture
@@ -59,3 +60,19 @@ def test_another_configuration_is_said(tmp_path: Path) -> None:
     with pytest.raises(ImageError) as caught:
         rebuild.compare(found, made)
     assert caught.value.message == "1.30.3 amd64: configuration: config.User: expected '65532:65532', found '0'"
+
+
+@pytest.mark.timeout(900)
+def test_the_built_image_is_verified_and_rebuilt_to_the_same_digests(
+    built_image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "image"
+    shutil.copytree(built_image, copy)
+    signing.sign(copy, KEY)
+    public = keys.write_pair(tmp_path / "keys", KEY)[1]
+    status = verify.main([str(copy), "--key", str(public), "--rebuild"])
+    said = capsys.readouterr().out
+    assert status == 0, said
+    assert "ok      rebuild: 2 images have the digests that a build of this checkout has" in said
+    assert said.count("are those of the lock") == 4
+    assert said.count("files of the layers are those of") == 4 * 2
