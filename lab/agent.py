@@ -87,6 +87,11 @@ class Agent:
             self.terminate()
         self.start(options)
 
+    @property
+    def netns(self) -> str:
+        """The path of its netns from outside: the node's."""
+        return self.node.netns
+
     def wait_ready(self) -> None:
         """Return when /readyz says 200 and containerd has loaded the chain with our plugin."""
         try:
@@ -115,7 +120,7 @@ class Agent:
     def get(self, port: int, path: str) -> tuple[int, str]:
         """GET from the agent's own servers: status and body. OSError when nobody answers."""
         connection = http.client.HTTPConnection("127.0.0.1", port)
-        connection.sock = namespaces.connect(self.node.netns, "127.0.0.1", port)
+        connection.sock = namespaces.connect(self.netns, "127.0.0.1", port)
         try:
             connection.request("GET", path)
             answer = connection.getresponse()

@@ -62,17 +62,32 @@ class Executed:
 
 
 class Pod:
-    """A sandbox for containers on the node's network, made by `start`; its containers' output is kept line by line."""
+    """A sandbox for containers, made by `start`; its containers' output is kept line by line."""
 
-    def __init__(self, runtime: Containerd, namespace: str, name: str, uid: str, *, privileged: bool = False) -> None:
+    def __init__(
+        self,
+        runtime: Containerd,
+        namespace: str,
+        name: str,
+        uid: str,
+        *,
+        privileged: bool = False,
+        host_network: bool = True,
+    ) -> None:
         self.runtime, self.name = runtime, name
         self.log_folder = runtime.node.folder / "log" / name
         self.log_folder.mkdir(exist_ok=True)
         self._config = runtime.cri.sandbox_config(
-            namespace, name, uid, host_network=True, privileged=privileged, log_directory=str(self.log_folder)
+            namespace, name, uid, host_network=host_network, privileged=privileged, log_directory=str(self.log_folder)
         )
         self.sandbox = ""
+        self._host_network = host_network
         self._attempts = 0
+
+    @property
+    def netns(self) -> str:
+        """The path of its netns from outside."""
+        return self.runtime.netns_path(self.runtime.cri.sandbox(self.sandbox))
 
     def start(self) -> None:
         """Start the sandbox."""
@@ -118,7 +133,7 @@ class Pod:
             readonly_rootfs=security.read_only_root,
             no_new_privs=security.no_new_privileges,
             namespace_options=pb.NamespaceOption(
-                network=mode("NODE"),
+                network=mode("NODE" if self._host_network else "POD"),
                 pid=mode("TARGET" if beside else "CONTAINER"),
                 target_id=beside.id if beside else "",
             ),

@@ -49,6 +49,11 @@ class DaemonSet:
         return bool(self._container.get("securityContext", {}).get("privileged"))
 
     @property
+    def is_on_host_network(self) -> bool:
+        """Whether its pods have the node's network instead of one of their own."""
+        return bool(self.pod.get("hostNetwork"))
+
+    @property
     def volumes(self) -> dict[str, Volume]:
         """Its volumes by name."""
         found = {}

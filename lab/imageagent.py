@@ -17,6 +17,7 @@ from lab.agent import AGENT_NAMESPACE, POD_NAME, ROOT, Agent
 from lab.container import Container, ContainerSpec, Mount, Pod
 from lab.containerd import SOCKET, Containerd
 from lab.daemonset import DaemonSet, Volume
+from lab.forward import Forwarder
 from lab.imagelayout import Image, find_image
 from lab.node import LabError, Node
 from lab.objects import NODE_NAME
@@ -35,6 +36,7 @@ PRIVILEGED = {"privileged": True, "runAsUser": None, "runAsGroup": None, "capabi
 class ImageAgent(Agent):
     """Drop-in for `lab.agent.Agent`; `security` replaces fields of the manifest's securityContext.
 
+    The manifest decides whether it is on the node's network, unless `host_network` does: the chart has it both ways.
     With `verbatim` its environment is that of the manifest and what a kubelet adds, and no option has an effect.
     """
 
@@ -48,11 +50,13 @@ class ImageAgent(Agent):
         image: Image | None = None,
         manifest: DaemonSet | None = None,
         security: Mapping[str, object] | None = None,
+        host_network: bool | None = None,
         verbatim: bool = False,
     ) -> None:
         super().__init__(node, runtime, api_environment, service_account)
         self._from, self._manifest, self._security = image, manifest, dict(security or {})
-        self._verbatim = verbatim
+        self._host_network, self._verbatim = host_network, verbatim
+        self._to_api: Forwarder | None = None
         self.container: Container | None = None
         self._pod: Pod | None = None
 
@@ -65,6 +69,11 @@ class ImageAgent(Agent):
     def pid(self) -> int:
         """The pid of its process, as seen from outside the node; LabError when there is none."""
         return self.node.outer_pid(self._running().pid)
+
+    @property
+    def netns(self) -> str:
+        """The path of its netns from outside."""
+        return self.pod.netns
 
     def command(self, *arguments: str) -> str:
         """Run a sub-command of `install-cni` as `kubectl exec` does; returns its output."""
@@ -111,14 +120,21 @@ class ImageAgent(Agent):
             import_image(self.runtime, self.image)
             use_nft_of(self.node, self.image)
             privileged = bool(self._security.get("privileged", self.manifest.is_privileged))
-            pod = Pod(self.runtime, AGENT_NAMESPACE, POD_NAME, POD_UID, privileged=privileged)
+            on_node = self.manifest.is_on_host_network if self._host_network is None else self._host_network
+            pod = Pod(self.runtime, AGENT_NAMESPACE, POD_NAME, POD_UID, privileged=privileged, host_network=on_node)
             pod.start()
             self._pod = pod
+            if not on_node:
+                port = int(self._api_environment["KUBERNETES_SERVICE_PORT"])
+                self._to_api = Forwarder(pod.netns, self.node.netns, port)
         return self._pod
 
     def close(self) -> None:
         """Stop it and remove its pod."""
         self.terminate()
+        if self._to_api is not None:
+            self._to_api.close()
+            self._to_api = None
         if self._pod is not None:
             self._pod.close()
             self._pod = None
@@ -190,7 +206,9 @@ def make_agent(
 
 AGENTS = {
     "checkout": Agent,
-    "image": ImageAgent,  # as docs/manifests has it: the image's own user, capabilities from the launcher's file
-    "image-root": partial(ImageAgent, security=ROOT_USER),
-    "image-privileged": partial(ImageAgent, security=PRIVILEGED),
+    # as docs/manifests has it: the image's own user, capabilities from the launcher's file
+    "image": partial(ImageAgent, host_network=True),
+    "image-pod-network": ImageAgent,
+    "image-root": partial(ImageAgent, host_network=True, security=ROOT_USER),
+    "image-privileged": partial(ImageAgent, host_network=True, security=PRIVILEGED),
 }
