@@ -44,6 +44,7 @@ class _Assembly:
         self._made()
         self._select()
         self._compile()
+        self._correct_records()
         self._databases()
         self.tree.complete(inventory.IMAGE)
         self._put_bill_of_materials(created)
@@ -80,20 +81,12 @@ class _Assembly:
         version = self.definition.version
         metadata = f"Metadata-Version: 2.4\nName: meshcni\nVersion: {version}\nLicense-Expression: Apache-2.0\n"
         self.tree.file(f"{OWN}/meshcni-{version}.dist-info/METADATA", metadata.encode(), inventory.AGENT)
-        self._correct_records()
         binaries = self.parts.binaries
         self.tree.file(PLUGIN, binaries.plugin.data, inventory.PLUGIN, 0o755)
         self.tree.file(LAUNCHER, binaries.launcher.data, inventory.LAUNCHER, 0o755)
         self.tree.file(TRAMPOLINE, binaries.trampoline.data, inventory.LAUNCHER, 0o755)
         trampoline = self.tree.entries[TRAMPOLINE]
         self.tree.put(replace(trampoline, permitted_capabilities=self.definition.capabilities))
-
-    def _correct_records(self) -> None:
-        """Let each wheel's RECORD list the files that are there."""
-        for path in [path for path in self.tree.entries if path.endswith(".dist-info/RECORD")]:
-            lines = self.tree.data(path).decode().splitlines(keepends=True)
-            kept = [line for line in lines if f"{OWN}/{line.split(',', 1)[0].strip(chr(34))}" in self.tree]
-            self.tree.put(replace(self.tree.entries[path], data="".join(kept).encode()))
 
     def _made(self) -> None:
         """What maintainer scripts would do, and the image's own configuration."""
@@ -157,6 +150,18 @@ class _Assembly:
             else:
                 place = f"{folder}/__pycache__/{stem}.cpython-313.pyc"
             tree.file(place, compiled[path], source.component)
+
+    def _correct_records(self) -> None:
+        """Let each wheel's RECORD list the files that are there."""
+        for path in [path for path in self.tree.entries if path.endswith(".dist-info/RECORD")]:
+            kept = []
+            for line in self.tree.data(path).decode().splitlines():
+                name = line.split(",", 1)[0].strip('"')
+                if f"{OWN}/{name}" in self.tree:
+                    kept.append(line)
+                elif f"{OWN}/{name}c" in self.tree:
+                    kept.append(f"{name}c,,")
+            self.tree.put(replace(self.tree.entries[path], data="".join(f"{line}\n" for line in kept).encode()))
 
     def _databases(self) -> None:
         installed = [self._installed(one) for one in self.debs]

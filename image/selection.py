@@ -7,8 +7,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from image.model import ImageError
-
 
 @dataclass(frozen=True, slots=True)
 class Removal:
@@ -49,12 +47,7 @@ def removed(paths: Iterable[str], rules: Iterable[Removal]) -> dict[str, Removal
     return found
 
 
-def check_every_pattern(paths: Collection[str], rules: Iterable[Removal], file: str) -> None:
-    """Refuse a pattern that matches nothing: what it was written for has moved, and may now be in the image."""
-    for rule in rules:
-        for pattern in (*rule.paths, *rule.kept):
-            if not any(_matches(path, pattern) for path in paths):
-                raise ImageError(
-                    f"{file}: the pattern {pattern!r} ({rule.why}) matches no file of any package",
-                    "the file was renamed or is gone: correct or remove the pattern",
-                )
+def unused(paths: Collection[str], rules: Iterable[Removal]) -> list[str]:
+    """The patterns that match nothing: what they were written for has moved, and may be in the image now."""
+    patterns = [pattern for rule in rules for pattern in (*rule.paths, *rule.kept)]
+    return [pattern for pattern in patterns if not any(_matches(path, pattern) for path in paths)]
