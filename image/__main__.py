@@ -77,16 +77,18 @@ def _from(module: str) -> Command:
 COMMANDS: Mapping[str, tuple[Command, str]] = {
     "build": (build, "build every variant for every architecture into an OCI layout"),
     "lock": (_from("locking"), "lock the packages that the archive has now"),
+    "keygen": (_from("keys"), "make a pair of keys to sign with"),
     "sign": (_from("signing"), "sign images and attestations of a layout"),
     "verify": (_from("verify"), "check an image offline"),
     "push": (_from("registry"), "copy a layout to a registry, referrers included"),
+    "export-cosign": (_from("cosignfolder"), "write the folder that cosign reads without a registry"),
 }
 
 
 def _print_commands() -> None:
     _say("usage: python -m image COMMAND [--help]\n")
     for name, (_, meaning) in COMMANDS.items():
-        _say(f"  {name:<8} {meaning}")
+        _say(f"  {name:<14} {meaning}")
 
 
 def _say(text: str) -> None:
