@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 SOURCES := src tests lab bench native image scripts
 
-.PHONY: help setup demo test check format test-pure test-kernel test-node test-image bench plugin image lock push \
+.PHONY: help setup demo test check format test-pure test-kernel test-node test-image bench plugin image lock push sign \
 	verify-image expected reference clean
 
 help:            ## this list
@@ -49,8 +49,11 @@ lock: setup      ## image/lock.json anew, from what Debian's archive has now
 push: image      ## the image with its attestations to REGISTRY=host/repository
 	@$(PYTHON) -m image push $(or $(REGISTRY),$(error say where to: make push REGISTRY=host/repository))
 
-verify-image: setup ## IMAGE=layout or reference: checks it and builds it again
-	@$(PYTHON) -m image verify --rebuild $(or $(IMAGE),$(error say which: make verify-image IMAGE=build/image))
+sign: image      ## build/image signed with KEY=private.pem
+	@$(PYTHON) -m image sign --key $(or $(KEY),$(error say with what: make sign KEY=private.pem))
+
+verify-image: setup ## IMAGE=layout or reference: checks it (with KEY=public.pem its signatures) and builds it again
+	@$(PYTHON) -m image verify --rebuild $(if $(KEY),--key $(KEY)) $(or $(IMAGE),$(error say which: make verify-image IMAGE=build/image))
 
 expected: setup  ## write the expected rule files anew; read the diff before committing it
 	@scripts/expected
