@@ -81,17 +81,14 @@ class Pod:
             namespace, name, uid, host_network=host_network, privileged=privileged, log_directory=str(self.log_folder)
         )
         self.sandbox = ""
+        self.netns = ""  # its path from outside
         self._host_network = host_network
         self._attempts = 0
-
-    @property
-    def netns(self) -> str:
-        """The path of its netns from outside."""
-        return self.runtime.netns_path(self.runtime.cri.sandbox(self.sandbox))
 
     def start(self) -> None:
         """Start the sandbox."""
         self.sandbox = self.runtime.cri.call("RunPodSandbox", config=self._config).pod_sandbox_id
+        self.netns = self.runtime.netns_path(self.runtime.cri.sandbox(self.sandbox))
 
     def close(self) -> None:
         """Stop and remove the sandbox with its containers."""
