@@ -130,7 +130,7 @@ def test_tools_are_absolute_paths() -> None:
     for variant in ("nft", "legacy"):
         tools = find_tools(variant)
         assert tools is not None
-        for path in (*tools.restore.values(), *tools.save.values(), tools.nsenter):
+        for path in (*tools.restore.values(), *tools.save.values(), tools.into_userns[0]):
             assert os.path.dirname(path) in SEARCH_PATH
 
 

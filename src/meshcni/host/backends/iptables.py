@@ -25,6 +25,7 @@ from meshcni.rules.iptables_observed import is_own_chain
 from meshcni.rules.model import BUILT_IN_CHAINS, Backend, Family, Purpose, Ruleset, TableName
 
 VARIANTS = ("nft", "legacy")
+ENTER_USERNS = "/usr/local/lib/meshcni/enter-userns"  # of the image (native/launcher/enter-userns.c)
 SEARCH_PATH = ("/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin", "/bin")
 WAIT_SECONDS = 10  # for another iptables in the same pod
 TIMEOUT_SECONDS = 30.0
@@ -46,15 +47,16 @@ HOST_LOCK = "/run/xtables.lock"
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """Absolute paths of one variant's commands, by family; `nsenter` is empty where there is none.
+    """Absolute paths of one variant's commands, by family.
 
+    `into_userns` has a command run in the user namespace of descriptor `{fd}`; empty where no program does that.
     `chains` lists single chains, which only the host's rules need.
     """
 
     variant: str
     restore: Mapping[Family, str]
     save: Mapping[Family, str]
-    nsenter: str = ""
+    into_userns: tuple[str, ...] = ()
     chains: Mapping[Family, str] = field(default_factory=dict)
 
 
@@ -70,7 +72,15 @@ def find_tools(variant: str, search_path: tuple[str, ...] = SEARCH_PATH) -> Tool
     )
     if not restore[Family.V4] or not save[Family.V4]:
         return None
-    return Tools(variant, restore, save, _first_executable(("nsenter",), search_path), chains)
+    return Tools(variant, restore, save, into_userns(search_path), chains)
+
+
+def into_userns(search_path: tuple[str, ...], own: str = ENTER_USERNS) -> tuple[str, ...]:
+    """Find a program for `Tools.into_userns`: the image's `own`, or else util-linux's; empty when there is neither."""
+    if os.access(own, os.X_OK):
+        return own, "{fd}"
+    nsenter = _first_executable(("nsenter",), search_path)
+    return (nsenter, "--user=/proc/self/fd/{fd}", "--") if nsenter else ()
 
 
 def _find(command: str, variant: str, suffix: str, search_path: tuple[str, ...]) -> str:
@@ -283,10 +293,13 @@ class IptablesBackend:
         if os.fstat(owner).st_ino == os.stat("/proc/self/ns/user").st_ino:
             os.close(owner)
             return (), ()
-        if not self._tools.nsenter:
+        if not self._tools.into_userns:
             os.close(owner)
-            raise ApplyError("the pod has a user namespace of its own and there is no nsenter", "use nftables")
-        return (self._tools.nsenter, f"--user=/proc/self/fd/{owner}", "--"), (owner,)
+            raise ApplyError(
+                f"the pod has a user namespace of its own and there is neither {ENTER_USERNS} nor nsenter",
+                "use nftables",
+            )
+        return tuple(word.format(fd=owner) for word in self._tools.into_userns), (owner,)
 
 
 def _environment(purpose: Purpose, host_lock: str = HOST_LOCK) -> Mapping[str, str]:
