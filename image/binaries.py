@@ -1,4 +1,4 @@
-"""What is compiled for an image: the plugin, the agent's launcher with its trampoline, and Python modules.
+"""What is compiled for an image: the plugin, the agent's launcher, the small programs beside it, Python modules.
 
 Both architectures are built by the toolchain's amd64 programs; nothing of arm64 runs.
 """
@@ -45,6 +45,7 @@ class Binaries:
     plugin: Executable  # /opt/cni/bin/istio-cni: static-PIE, CPython and the plugin's frozen modules
     trampoline: Executable  # /usr/local/bin/install-cni: static-PIE, has the file capabilities
     launcher: Executable  # /usr/local/lib/meshcni/install-cni: PIE, CPython; needs libc, libm and libz
+    enter_userns: Executable  # /usr/local/lib/meshcni/enter-userns: PIE, needs libc
 
 
 def build(toolchain: Toolchain, architecture: str, repository: Path = REPOSITORY) -> Binaries:
@@ -56,6 +57,9 @@ def build(toolchain: Toolchain, architecture: str, repository: Path = REPOSITORY
         plugin=_executable(toolchain, plugin, recipe.commands(tools, MAP), "istio-cni"),
         trampoline=_executable(toolchain, _sources(native, "trampoline"), trampoline_commands(tools), "trampoline"),
         launcher=_executable(toolchain, _sources(native, "launcher", "inittab"), launcher_commands(tools), "launcher"),
+        enter_userns=_executable(
+            toolchain, _sources(native, "enter-userns"), enter_userns_commands(tools), "enter-userns"
+        ),
     )
 
 
@@ -95,6 +99,14 @@ def launcher_commands(tools: recipe.Tools) -> tuple[tuple[str, ...], ...]:
         tools.compile("launcher.c", *recipe.WARN),
         tools.compile("inittab.c", *recipe.WARN),
         (*tools.compiler, "-pie", "-rdynamic", *recipe.LINK, "-Wl,--as-needed", MAP, "-o", "launcher", *objects),
+    )
+
+
+def enter_userns_commands(tools: recipe.Tools) -> tuple[tuple[str, ...], ...]:
+    """The commands that make the program that enters user namespaces; with the image's libc, for it has no rights."""
+    return (
+        tools.compile("enter-userns.c", *recipe.WARN),
+        (*tools.compiler, "-pie", *recipe.LINK, MAP, "-o", "enter-userns", "enter-userns.o"),
     )
 
 

@@ -105,7 +105,7 @@ class Builder:
         groups = sorted({group for variant in self.definition.variants.values() for group in variant.packages})
         listed = {group: self.lock.group(f"{group}/{architecture}") for group in groups}
         executables = binaries.build(toolchain, architecture, self.repository)
-        made = (executables.plugin, executables.launcher, executables.trampoline)
+        made = (executables.plugin, executables.launcher, executables.trampoline, executables.enter_userns)
         linked = {package for one in made for package in one.linked}
         packages = {package for found in listed.values() for package in found} | linked
         unpacked = unpack.debs(fetch(packages, self.cache))

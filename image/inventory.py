@@ -23,7 +23,8 @@ def components(
     found = [unpack.deb_component(one, unpack.copyright_of(one, debs)) for one in debs if one.key in used]
     found += [wheel for wheel in wheels if wheel.key in used]
     binaries = parts.binaries
-    linked = {PLUGIN: binaries.plugin.linked, LAUNCHER: (*binaries.launcher.linked, *binaries.trampoline.linked)}
+    launcher = (binaries.launcher, binaries.trampoline, binaries.enter_userns)
+    linked = {PLUGIN: binaries.plugin.linked, LAUNCHER: [package for one in launcher for package in one.linked]}
     for package in sorted({package for packages in linked.values() for package in packages}):
         unpacked = parts.linked[package]
         licences = unpack.copyright_of(unpacked, parts.linked.values())

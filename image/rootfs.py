@@ -20,6 +20,7 @@ OWN = "usr/lib/meshcni"  # on the launcher's search path: our code and the wheel
 PLUGIN = "opt/cni/bin/istio-cni"
 TRAMPOLINE = "usr/local/bin/install-cni"
 LAUNCHER = "usr/local/lib/meshcni/install-cni"
+ENTER_USERNS = "usr/local/lib/meshcni/enter-userns"
 SBOM = "usr/share/meshcni/sbom/install-cni.cdx.json"
 
 
@@ -84,6 +85,7 @@ class _Assembly:
         binaries = self.parts.binaries
         self.tree.file(PLUGIN, binaries.plugin.data, inventory.PLUGIN, 0o755)
         self.tree.file(LAUNCHER, binaries.launcher.data, inventory.LAUNCHER, 0o755)
+        self.tree.file(ENTER_USERNS, binaries.enter_userns.data, inventory.LAUNCHER, 0o755)
         self.tree.file(TRAMPOLINE, binaries.trampoline.data, inventory.LAUNCHER, 0o755)
         trampoline = self.tree.entries[TRAMPOLINE]
         self.tree.put(replace(trampoline, permitted_capabilities=self.definition.capabilities))

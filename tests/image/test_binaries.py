@@ -40,7 +40,8 @@ from tests.image.nativeroot import (
     toolchain,
 )
 
-NAMES = ("plugin", "trampoline", "launcher")
+NAMES = ("plugin", "trampoline", "launcher", "enter_userns")
+LIBRARIES = {"launcher": {"libc.so.6", "libm.so.6", "libz.so.1"}, "enter_userns": {"libc.so.6"}}  # the others: none
 EXECUTABLES = [(architecture, name) for architecture in ARCHITECTURES for name in NAMES]
 MACHINES = {"amd64": "EM_X86_64", "arm64": "EM_AARCH64"}
 DEFAULTS = sum(1 << number for number in (0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31))  # of container runtimes
@@ -109,7 +110,7 @@ def test_format(architecture: str, name: str) -> None:
     assert not [s for s in file.iter_segments() if s.header.p_type == "PT_LOAD" and s.header.p_flags & 3 == 3]
     assert int(str(tags["DT_FLAGS_1"])) & 0x08000001 == 0x08000001  # PIE, bound at start
     assert {"DT_RPATH", "DT_RUNPATH", "DT_TEXTREL"}.isdisjoint(tags)
-    assert ("PT_INTERP" in segments) == (name == "launcher")
+    assert ("PT_INTERP" in segments) == (name in LIBRARIES)
     assert not file.get_section_by_name(".symtab")
     assert not [section for section in file.iter_sections() if section.name.startswith((".debug", ".note.gnu.build"))]
 
@@ -120,15 +121,15 @@ def test_libraries(architecture: str) -> None:
     for name in NAMES:
         section = elf(executable(architecture, name).data).get_section_by_name(".dynamic")
         needed = {tag.needed for tag in section.iter_tags() if tag.entry.d_tag == "DT_NEEDED"}
-        assert needed - {loader} == ({"libc.so.6", "libm.so.6", "libz.so.1"} if name == "launcher" else set())
+        assert needed - {loader} == LIBRARIES.get(name, set())
 
 
 @pytest.mark.parametrize(("architecture", "name"), EXECUTABLES)
 def test_linked_packages(architecture: str, name: str) -> None:
     linked = {package.name: package for package in executable(architecture, name).linked}
     compiler = {"amd64": "libgcc-14-dev", "arm64": "libgcc-14-dev-arm64-cross"}[architecture]
-    python = {"plugin": {"libpython3.13-dev", "zlib1g-dev"}, "launcher": {"libpython3.13-dev"}, "trampoline": set()}
-    assert set(linked) == {"libc6-dev", compiler} | python[name]
+    python = {"plugin": {"libpython3.13-dev", "zlib1g-dev"}, "launcher": {"libpython3.13-dev"}}
+    assert set(linked) == {"libc6-dev", compiler} | python.get(name, set())
     runtime = {package.source: package for package in lock().group(f"runtime/{architecture}")}
     for package in linked.values():
         if package.name != compiler:  # the code that is linked in is of the version that the image has as a library
@@ -161,7 +162,7 @@ def test_anybody_builds_the_same_anywhere() -> None:
             "toolchain = Toolchain(lockfile.read(pathlib.Path('image/lock.json')), pathlib.Path('cache'))\n"
             "both = [binaries.build(toolchain, name) for name in ('amd64', 'arm64')]\n"
             "code = binaries.compile_python(toolchain, {'usr/lib/a.py': b'x = {1.5, None, \"a\"}'})\n"
-            "print(json.dumps([[b.plugin.sha256, b.trampoline.sha256, b.launcher.sha256] for b in both]"
+            f"print(json.dumps([[getattr(b, name).sha256 for name in {NAMES}] for b in both]"
             " + [code['usr/lib/a.py'].hex(), toolchain.gzip(bytes(9)).hex()]))"
         )
         odd = {"TZ": "Asia/Tokyo", "LC_ALL": "tr_TR.UTF-8", "PYTHONHASHSEED": "7", "HOME": "/", "CFLAGS": "-O0"}

@@ -41,6 +41,7 @@ NETFILTER = {
 PROGRAMS = {
     ENTRY,
     "usr/local/lib/meshcni/install-cni",
+    "usr/local/lib/meshcni/enter-userns",
     "opt/cni/bin/istio-cni",
     "usr/sbin/nft",
     "usr/sbin/xtables-nft-multi",
