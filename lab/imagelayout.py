@@ -16,7 +16,7 @@ from typing import Any
 from lab.images import ARCHITECTURES
 from lab.node import LabError
 
-LAYOUT = Path(os.environ.get("MESHCNI_IMAGE") or Path(__file__).parent.parent / "build" / "image")
+LAYOUT = Path(os.environ.get("MESHCNI_TEST_IMAGE") or Path(__file__).parent.parent / "build" / "image")
 REF_NAME = "org.opencontainers.image.ref.name"
 REPOSITORY = "meshcni.test/install-cni"
 DEV = "-dev"
@@ -72,7 +72,7 @@ def find_image(*, dev: bool = False, architecture: str = "", layout: Path | None
     folder = layout or LAYOUT
     wanted = architecture or ARCHITECTURES.get(platform.machine(), platform.machine())
     if not (folder / "index.json").exists():
-        raise LabError(f"no image in {folder} (make image; MESHCNI_IMAGE names another layout)")
+        raise LabError(f"no image in {folder} (make image; MESHCNI_TEST_IMAGE names another layout)")
     for tag, descriptor in tagged(folder):
         if tag.endswith(DEV) != dev:
             continue

@@ -98,14 +98,14 @@ def running_containerd(*images: Image) -> Iterator[Runtime]:
             containerd.close()
 
 
-def runtime_image() -> Image:
+def runtime_image(layout: Path) -> Image:
     """The runtime variant for this machine."""
-    return find_image()
+    return find_image(layout=layout)
 
 
-def dev_image() -> Image:
+def dev_image(layout: Path) -> Image:
     """The dev variant for this machine."""
-    return find_image(dev=True)
+    return find_image(dev=True, layout=layout)
 
 
 def process_status(pid: int) -> dict[str, str]:

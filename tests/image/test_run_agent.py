@@ -33,7 +33,7 @@ PROGRAM = "/usr/sbin/xtables-nft-multi"
 
 
 @pytest.fixture
-def mesh() -> Iterator[Mesh]:
+def mesh(built_image: Path) -> Iterator[Mesh]:
     with Mesh("image") as made:
         made.runtime.start()
         yield made
@@ -158,7 +158,7 @@ def test_the_nodes_own_nft_lists_what_the_image_wrote(mesh: Mesh) -> None:
 # --- debugging without a shell ----------------------------------------------------------------------------------------
 
 
-def test_an_ephemeral_container_of_the_dev_variant_sees_the_agent(mesh: Mesh) -> None:
+def test_an_ephemeral_container_of_the_dev_variant_sees_the_agent(mesh: Mesh, built_image: Path) -> None:
     agent = mesh.agent
     assert isinstance(agent, ImageAgent)
     agent.start()
@@ -169,7 +169,7 @@ def test_an_ephemeral_container_of_the_dev_variant_sees_the_agent(mesh: Mesh) ->
     assert "ready" in container.check("install-cni", "status")
     assert "install-cni" in container.check("install-cni", "help")
 
-    image = dev_image()
+    image = dev_image(built_image)
     import_image(mesh.runtime, image)
     security = Security(add=("SYS_PTRACE", "NET_ADMIN", "NET_RAW"))
     spec = ContainerSpec(image.name, "debugger", ("sleep", "600"), security=security)

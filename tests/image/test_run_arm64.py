@@ -75,9 +75,11 @@ class Root:
 
 
 @pytest.fixture(scope="module", params=["amd64", "arm64"])
-def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Root:
+def root(request: pytest.FixtureRequest, built_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Root:
     architecture = request.param
-    path = find_image(architecture=architecture).unpack(tmp_path_factory.mktemp("root") / architecture)
+    path = find_image(architecture=architecture, layout=built_image).unpack(
+        tmp_path_factory.mktemp("root") / architecture
+    )
     if architecture != NATIVE:
         emulator = shutil.which(EMULATORS[architecture])
         if emulator is None:
@@ -124,9 +126,9 @@ def test_the_plugin_answers_version(root: Root) -> None:
     assert "1.0.0" in json.loads(done.stdout)["supportedVersions"]
 
 
-def test_every_module_can_be_imported(root: Root, tmp_path: Path) -> None:
+def test_every_module_can_be_imported(root: Root, built_image: Path, tmp_path: Path) -> None:
     """With the interpreter of the dev variant, for the runtime variant has none that runs what it is told."""
-    dev = find_image(dev=True, architecture=root.architecture).unpack(tmp_path / "dev")
+    dev = find_image(dev=True, architecture=root.architecture, layout=built_image).unpack(tmp_path / "dev")
     own = root.path / "interpreter"
     own.mkdir()
     shutil.copy2(dev / "usr/bin/python3.13", own / "python")

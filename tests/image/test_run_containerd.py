@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from lab.container import Container, ContainerSpec, Pod, Security
@@ -34,8 +35,8 @@ READ_ONLY = Security(read_only_root=True)
 
 
 @pytest.fixture(scope="module")
-def image() -> Image:
-    return runtime_image()
+def image(built_image: Path) -> Image:
+    return runtime_image(built_image)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,10 @@ def status_of_idle_agent(runtime: Runtime, pod: Pod, container: Container) -> di
 @pytest.mark.parametrize(
     "command", [(), ("install-cni",), ("/usr/local/bin/install-cni",)], ids=["none", "name", "path"]
 )
-@pytest.mark.parametrize("argument", ["version", "--version"])
+@pytest.mark.parametrize(
+    "argument",
+    ["version", pytest.param("--version", marks=pytest.mark.xfail(strict=True, reason="there is no such flag yet"))],
+)
 def test_the_version_without_any_right(runtime: Runtime, image: Image, command: tuple[str, ...], argument: str) -> None:
     status, text = runtime.run(image, argument, command=command, security=READ_ONLY)
     assert (status, text.split()[:2]) == (0, ["install-cni", __version__])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from lab.imagelayout import Image
@@ -19,8 +20,8 @@ DROPPED = ("--cap-drop", "ALL", *(part for name in ADDED for part in ("--cap-add
 
 
 @pytest.fixture(scope="module")
-def image() -> Image:
-    return runtime_image()
+def image(built_image: Path) -> Image:
+    return runtime_image(built_image)
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +130,8 @@ def test_the_agent_installs_into_folders_of_root(podman: Podman, image: Image) -
         podman.remove("installs")
 
 
-def test_the_dev_variant_has_tools_and_is_root(podman: Podman) -> None:
-    name = podman.load(dev_image())
+def test_the_dev_variant_has_tools_and_is_root(podman: Podman, built_image: Path) -> None:
+    name = podman.load(dev_image(built_image))
     for command in (
         ("bash", "-c", "test $(id -u) = 0"),
         ("apt", "--version"),

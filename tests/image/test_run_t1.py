@@ -16,7 +16,7 @@ from lab.node import wait_until
 from lab.objects import sidecar_pod, unmeshed_pod
 from lab.traffic import address_seen
 from tests.image.guide import NEWER_EDITION, daemonset
-from tests.image.running import FIVE, NONROOT, process_status, runtime_image
+from tests.image.running import FIVE, NONROOT, process_status
 
 from meshcni import istio
 
@@ -25,7 +25,7 @@ READ_ONLY = {"privileged": True, "readOnlyRootFilesystem": True}
 
 
 @pytest.fixture
-def mesh() -> Iterator[Mesh]:
+def mesh(built_image: Path) -> Iterator[Mesh]:
     """A node that has never had an agent."""
     with Mesh("image") as made:
         made.runtime.start()
@@ -40,7 +40,6 @@ def agent_of(mesh: Mesh, manifest: DaemonSet, **security: object) -> Iterator[Im
         mesh.runtime,
         mesh.api.environment,
         mesh.node.folder / "serviceaccount",
-        image=runtime_image(),
         manifest=manifest,
         security=security,
         verbatim=True,
