@@ -42,6 +42,7 @@ class Podman:
                 "/run/podman/tmp",
             ),
             *("--runtime", "runc", "--cgroup-manager", "cgroupfs", "--events-backend", "none"),
+            *("--network-config-dir", str(node.folder / "podman-networks")),  # else a lock in the host's /etc/cni
         ]
 
     def load(self, image: Image) -> str:
