@@ -46,13 +46,17 @@ class PodNetns:
         self.path = str(node.path(self.path_inside))
 
     def __enter__(self) -> PodNetns:
-        commands = [f"netns add {self.name}", f"-n {self.name} link set lo up"]
+        commands = [f"-n {self.name} link set lo up"]
         commands += [f"-n {self.name} link add {IFNAME} type veth peer name {OTHER_END}"]
         commands += [f"-n {self.name} link set {name} up" for name in (IFNAME, OTHER_END)]
         commands += [f"-n {self.name} addr add {address} dev {IFNAME}" for address in self.addresses]
         script = "\n".join(f"ip {command}{' nodad' if '::' in command else ''}" for command in commands)
-        self.node.run(["sh", "-ec", script])
+        self.node.run(["sh", "-ec", f"{self.making()}\n{script}"])
         return self
+
+    def making(self) -> str:
+        """Return the script that makes the netns itself."""
+        return f"ip netns add {self.name}"
 
     def __exit__(self, *_: object) -> None:
         self.node.run(["sh", "-c", f"ip netns del {self.name} 2>/dev/null || true"])

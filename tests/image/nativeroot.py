@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "image"
 LAUNCHER = "/usr/local/lib/meshcni/install-cni"
 TRAMPOLINE = "/usr/local/bin/install-cni"
+ENTER_USERNS = "/usr/local/lib/meshcni/enter-userns"
 PLUGIN = "/opt/cni/bin/istio-cni"
 QEMU = shutil.which("qemu-aarch64-static")
 FIVE = 1 << 1 | 1 << 12 | 1 << 13 | 1 << 19 | 1 << 21  # linux/capability.h
@@ -96,6 +97,7 @@ def runtime_root(folder: Path, architecture: str) -> Path:
     for path, executable in (
         (LAUNCHER, executables.launcher),
         (TRAMPOLINE, executables.trampoline),
+        (ENTER_USERNS, executables.enter_userns),
         (PLUGIN, executables.plugin),
     ):
         place(folder, path, executable.data)

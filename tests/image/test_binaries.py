@@ -20,6 +20,7 @@ from image.binaries import PYTHON, Executable, compile_python
 from image.model import ARCHITECTURES, ImageError
 from tests.image.nativeroot import (
     CACHE,
+    ENTER_USERNS,
     EVERYTHING,
     FIVE,
     LAUNCHER,
@@ -496,6 +497,9 @@ def test_the_other_architecture(arm64: Path, tmp_path: Path) -> None:
     assert (missing.returncode, missing.stderr[:34]) == (127, f"install-cni: cannot execute {LAUNCHER}"[:34])
     done = execute(arm64, ["/qemu", LAUNCHER, f"assert sys.path == {PATHS}\n{IMPORTS}"])
     assert (done.stderr, json.loads(done.stdout)) == ("", IMPORTED)
+    done = execute(arm64, ["/qemu", ENTER_USERNS, "0", "/qemu"])
+    message = "enter-userns: cannot enter the user namespace of descriptor 0: Invalid argument\n"
+    assert (done.returncode, done.stderr) == (122, message)
 
 
 def execute_native_version(folder: Path) -> str:
