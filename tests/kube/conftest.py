@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from lab.apiserver.tls import Certificates, make_certificates
+from tests.kube.connectproxy import API_ADDRESS, API_NAME
 
 LONGEST_SECONDS = 60
 
@@ -29,7 +30,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    made = make_certificates(tmp_path_factory.mktemp("tls"))
+    names = ("IP:127.0.0.1", "DNS:localhost", f"IP:{API_ADDRESS}", f"DNS:{API_NAME}")
+    made = make_certificates(tmp_path_factory.mktemp("tls"), names)
     if made is None:
         pytest.skip("HTTPS is not tested: this machine has no `openssl` (apt-get install openssl)")
     return made

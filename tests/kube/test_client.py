@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from lab.apiserver import ApiServer
 from lab.apiserver.tls import Certificates, make_certificates
+from tests.kube.connectproxy import proxied
 from tests.kube.worlds import TOKEN, double_and_api, open_descriptors, pod_object, rotate_token, until
 
 from meshcni.errors import KubeError
@@ -34,7 +35,7 @@ from meshcni.kube.transport import MAX_IDLE
 World = Callable[[], AbstractAsyncContextManager[tuple[ApiServer, KubeApi]]]
 
 
-@pytest.fixture(params=["http", "https", "kubeconfig", "kubeconfig-https"])
+@pytest.fixture(params=["http", "https", "https-proxy", "kubeconfig", "kubeconfig-https"])
 def world(request: pytest.FixtureRequest, account: Path, tmp_path: Path) -> World:
     """A double and a client on it, by each transport."""
     certificates = request.getfixturevalue("certificates") if "https" in request.param else None
@@ -51,6 +52,14 @@ def world(request: pytest.FixtureRequest, account: Path, tmp_path: Path) -> Worl
             async with KubeApi(KubeconfigFile(str(tmp_path / "kubeconfig"))) as api:
                 yield server, api
 
+    @asynccontextmanager
+    async def by_proxy() -> AsyncIterator[tuple[ApiServer, KubeApi]]:
+        assert certificates is not None
+        async with proxied(account, certificates) as (server, _, api):
+            yield server, api
+
+    if "proxy" in request.param:
+        return by_proxy
     return by_kubeconfig if "kubeconfig" in request.param else in_cluster
 
 
@@ -519,6 +528,7 @@ async def test_the_pool_does_not_use_a_connection_the_server_closed(world: World
         assert (await api.get_pod("apps", "a")).name == "a"
         await server.stop()
         await server.start()
+        await asyncio.sleep(0.05)  # a proxy passes the end on
         await api.create_event("apps", {"metadata": {"name": "e"}})  # never sent twice, so it must be right at once
 
 

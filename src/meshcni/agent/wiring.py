@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from meshcni import istio
 from meshcni.agent.installer import InstallConfig
 from meshcni.agent.programming import BackendConfig
 from meshcni.agent.settings import ROWS, Settings
 from meshcni.cni.conf import EntryConfig
 from meshcni.host.redirection import FamilyPolicy
+from meshcni.kube import proxies
 from meshcni.kube.credentials import InCluster
 from meshcni.pods.eligibility import Policy
 from meshcni.pods.selectors import to_objects
@@ -125,6 +128,7 @@ def api_access(settings: Settings) -> InCluster:
             "KUBERNETES_SERVICE_HOST": settings.kubernetes_service_host,
             "KUBERNETES_SERVICE_PORT": settings.kubernetes_service_port,
             "KUBERNETES_SERVICE_PROTOCOL": settings.kubernetes_service_protocol,
+            **proxies.variables(os.environ),  # no settings: those are logged, and a proxy's address holds a password
         },
         service_account_dir=settings.service_account_dir,
     )

@@ -328,8 +328,8 @@ class KubeApi:
 
 
 def _make_transport(access: Access) -> Transport:
-    """The light transport where it will do, lightkube where a kubeconfig or a proxy may ask for anything."""
-    if isinstance(access, InCluster) and not access.behind_proxy:
+    """The light transport in a cluster, lightkube where a kubeconfig may ask for anything."""
+    if isinstance(access, InCluster):
         from meshcni.kube.transport import ClusterTransport
 
         return ClusterTransport(access)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # lightkube is heavy: kubeconfig.py says how much
 
 TOKEN_NAME = "token"
 CA_NAME = "ca.crt"
-PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 MAX_TOKEN_BYTES = 64 * 1024
 
 Stamp = tuple[int, int, int]
@@ -92,7 +91,10 @@ def subject(token: str) -> str:
 
 @dataclass(frozen=True)
 class InCluster:
-    """Access of a pod: address from the environment the kubelet sets, token and CA from the service account's mount."""
+    """Access of a pod: address from the environment the kubelet sets, token and CA from the service account's mount.
+
+    HTTPS_PROXY and NO_PROXY of the environment count (proxies.py).
+    """
 
     environment: Mapping[str, str] = field(repr=False)
     service_account_dir: str = istio.SERVICE_ACCOUNT_DIR
@@ -116,11 +118,6 @@ class InCluster:
         return f"{protocol}://{f'[{host}]' if ':' in host else host}:{port}"
 
     @property
-    def behind_proxy(self) -> bool:
-        """Whether the environment names a proxy, which Go's clients would use too."""
-        return any(self.environment.get(name) for name in PROXY_VARIABLES)
-
-    @property
     def ca_file(self) -> str:
         """The CA bundle that signs the API server's certificate."""
         return os.path.join(self.service_account_dir, CA_NAME)
@@ -128,16 +125,6 @@ class InCluster:
     def token_file(self) -> TokenFile | None:
         """The service account's token."""
         return TokenFile(os.path.join(self.service_account_dir, TOKEN_NAME))
-
-    def load(self) -> SingleConfig:
-        """As lightkube's configuration, without the token, which we add to each request ourselves."""
-        from lightkube.config.kubeconfig import KubeConfig
-        from lightkube.config.models import Cluster, User
-
-        ca_file = self.ca_file if self.server.startswith("https:") else None
-        config = KubeConfig.from_one(cluster=Cluster(server=self.server, certificate_auth=ca_file), user=User()).get()
-        assert config is not None
-        return config
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""HTTP to the API server for people's kubeconfigs and behind proxies, with lightkube and its httpx2.
+"""HTTP to the API server for people's kubeconfigs, with lightkube and its httpx2.
 
-lightkube knows every way a kubeconfig names TLS and credentials (client certificates, exec plugins, basic). It costs
-250 ms and 23 MiB until the first answer, which a person's command affords and a node agent does not (transport.py).
+lightkube knows every way a kubeconfig names TLS, credentials (client certificates, exec plugins, basic) and proxies. It
+costs 250 ms and 23 MiB until the first answer, which a person's command affords and a node agent does not: within a
+cluster transport.py does everything, and the image has neither this module nor lightkube.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lightkube.config.client_adapter import ConnectionParams
 from lightkube.core.exceptions import ConfigError
 
 from meshcni.kube import failures
-from meshcni.kube.credentials import Access, TokenFile
+from meshcni.kube.credentials import KubeconfigFile, TokenFile
 from meshcni.kube.failures import ApiError, describe, without_answer
 from meshcni.kube.transport import CONNECT_SECONDS, OpenAnswer
 
@@ -30,7 +31,7 @@ LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 class KubeconfigTransport:
     """transport.Transport over lightkube's configuration. Every failure comes out as ApiError with status 0."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: KubeconfigFile) -> None:
         try:
             config = access.load()
             # As with Go's clients, proxies of the environment are used, but never towards our own machine.

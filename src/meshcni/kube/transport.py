@@ -1,7 +1,7 @@
 """HTTP/1.1 to the API server as the node agent uses it: asyncio's streams and TLS, h11's grammar, few connections.
 
 A full client (lightkube's httpx2 and anyio) took 20 MiB and 300 ms more until its first answer than this does, which
-is a third of what the whole agent may weigh; kubeconfig.py has it, for what this cannot do.
+is a third of what the whole agent may weigh; kubeconfig.py has it, for kubeconfig files.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import h11
 from meshcni.kube import failures
 from meshcni.kube.credentials import InCluster, Stamp, TokenFile, file_stamp
 from meshcni.kube.failures import ApiError, describe, without_answer
+from meshcni.kube.proxies import proxy_towards
+from meshcni.kube.tunnel import Tunnel
 
-CONNECT_SECONDS = 5.0  # TCP and TLS together
+CONNECT_SECONDS = 4.0  # TCP, proxy and TLS together; less than client.CALL_SECONDS, whose error knows less
 MAX_IDLE = 4  # connections kept for the next call
 IDLE_SECONDS = 60.0  # a real API server closes idle ones after 90 s
 READ_BYTES = 64 * 1024
@@ -86,6 +88,9 @@ class ClusterTransport:
         self._ca_file = access.ca_file
         self._ca_stamp: Stamp | None = file_stamp(self._ca_file)
         self._tls = _tls_context(self._ca_file) if url.scheme == "https" else None
+        self._tunnel: Tunnel | None = None
+        if self._tls is not None and (proxy := proxy_towards(self._host, self._port, access.environment)):
+            self._tunnel = Tunnel(proxy, self._host, self._port, self._tls)
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
 
@@ -140,6 +145,8 @@ class ClusterTransport:
 
     async def _connect(self, call: str) -> _Connection:
         self._follow_ca_rotation()
+        if self._tunnel is not None:
+            return _Connection(*await self._tunnel.open(call, CONNECT_SECONDS))
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 return _Connection(*await asyncio.open_connection(self._host, self._port, ssl=self._tls))
@@ -148,7 +155,7 @@ class ClusterTransport:
             raise without_answer(failures.CONNECT, call, detail) from error
         except ssl.SSLError as error:
             raise without_answer(failures.TLS, call, f"{self._authority}: {error}") from error
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: a text that is no name of a host
             raise without_answer(failures.CONNECT, call, f"{self._authority}: {error}") from error
 
     def _follow_ca_rotation(self) -> None:
