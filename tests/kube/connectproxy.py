@@ -11,7 +11,7 @@ from typing import Any
 
 from lab.apiserver import ApiServer
 from lab.apiserver.tls import Certificates
-from tests.kube.worlds import TOKEN
+from tests.kube.worlds import TOKEN, until
 
 from meshcni.kube.client import KubeApi
 from meshcni.kube.credentials import InCluster
@@ -93,7 +93,8 @@ async def connect_proxy(upstream: int = 0, **behaviour: Any) -> AsyncIterator[Co
     finally:
         server.close()
         proxy.cut()
-        await server.wait_closed()
+        await until(lambda: not proxy._writers)
+        await asyncio.sleep(0.01)  # the transports close
 
 
 def environment(host: str = API_ADDRESS, **variables: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from meshcni.agent import logs, privileges
 from meshcni.agent.resolution import FLAGS, settle, show
@@ -30,6 +30,7 @@ def run(arguments: Sequence[str]) -> int:
         return main(["help"])
     if parsed.rest:
         raise UsageError(f"unknown command {parsed.rest[0]!r}", "install-cni help lists the commands")
+    _refuse_kubeconfig(os.environ)
     settings = settle(parsed, os.environ)
     plugin_log_level = _configure_logging(settings)
     for shown in show(settings):
@@ -45,6 +46,16 @@ def run(arguments: Sequence[str]) -> int:
         return await Agent(settings, plugin_log_level).run()
 
     return asyncio.run(live())
+
+
+def _refuse_kubeconfig(environment: Mapping[str, str]) -> None:
+    """The original's agent would go by KUBECONFIG; ours goes by its service account, and must not do so silently."""
+    path = environment.get("KUBECONFIG")
+    if path:
+        raise SettingError(
+            f"KUBECONFIG is {path!r} (environment variable), and the agent uses no kubeconfig: it is a pod",
+            "take the variable away: the agent reaches the API server by its service account",
+        )
 
 
 def _raise_descriptor_limit() -> None:

@@ -6,8 +6,8 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from ipaddress import ip_address
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from meshcni.cli.ambientflags import NODE_FLAGS, RUNTIME_FLAG, families_of, read_node
@@ -15,7 +15,7 @@ from meshcni.cli.ambientrules import this_machine
 from meshcni.cli.given import settle
 from meshcni.cli.podfiles import DEFAULT_NAMESPACE, POLICY_FLAGS, assess_manifest, load_namespace, read_policy
 from meshcni.cli.show import Explained, explained_object
-from meshcni.errors import KubeError, MeshCniError, PodSpecError, UsageError
+from meshcni.errors import KubeError, MeshCniError, PodSpecError, SettingError, UsageError
 from meshcni.pflag import Flag, ParsedFlags, go_bool, help_text, parse
 from meshcni.pods.ambientsettings import AmbientNode
 from meshcni.pods.assess import Assessment, assess, unreadable
@@ -134,10 +134,28 @@ def _access(parsed: ParsedFlags, environment: Mapping[str, str]) -> Access:
     """Choose how to reach the cluster: by the file named, as the pod we are in, by the file in the home folder."""
     from meshcni.kube.credentials import InCluster, KubeconfigFile
 
-    path = parsed.text("kubeconfig") or environment.get("KUBECONFIG")
+    chosen = parsed.text("kubeconfig")
+    path = chosen or environment.get("KUBECONFIG")
     if not path and environment.get("KUBERNETES_SERVICE_HOST"):
         return InCluster(environment)
-    return KubeconfigFile(path or str(Path.home() / ".kube" / "config"), parsed.text("context") or "")
+    if find_spec("lightkube") is None:  # the image leaves it out
+        raise _without_kubeconfig(chosen, path)
+    return KubeconfigFile(path or os.path.expanduser("~/.kube/config"), parsed.text("context") or "")
+
+
+def _without_kubeconfig(chosen: str | None, path: str | None) -> MeshCniError:
+    elsewhere = "with a kubeconfig use the meshcni command line outside of the image"
+    if not path:
+        message = "no cluster to ask: KUBERNETES_SERVICE_HOST is not set, so this is no pod, and a kubeconfig needs"
+        return UsageError(
+            f"{message} lightkube, which is not installed here",
+            f"run it in the agent's pod (kubectl exec), or give --file POD.yaml; {elsewhere}",
+        )
+    origin, kind = ("flag --kubeconfig", UsageError) if chosen else ("environment variable KUBECONFIG", SettingError)
+    return kind(
+        f"kubeconfig {path!r} ({origin}) cannot be used: that needs lightkube, which is not installed here",
+        f"leave it out in the agent's pod, whose service account does; {elsewhere}",
+    )
 
 
 def _read_backend(text: str) -> Backend:
