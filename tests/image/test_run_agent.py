@@ -20,13 +20,6 @@ from lab.traffic import address_seen
 from tests.image.running import FIVE, NONROOT, dev_image, process_status
 from tests.node.ambientworld import BACKENDS, disagreements, kernel, start_ambient, wait_agreement, wait_enrolled
 
-
-def nft_version() -> tuple[int, ...]:
-    """The version of this machine's own nft."""
-    words = subprocess.run(["nft", "--version"], capture_output=True, text=True, check=True).stdout.split()
-    return tuple(int(part) for part in words[1].removeprefix("v").split("."))
-
-
 IPTABLES = AgentOptions(nftables=False, force_iptables="nft")
 ROUNDS = "istio_cni_ambient_verification_seconds_count"
 PROGRAM = "/usr/sbin/xtables-nft-multi"
@@ -140,11 +133,6 @@ def test_running_ambient_pods_do_not_notice_a_migration(mesh: Mesh, backend: str
         assert [line for line in found if not line.endswith("are others")] == []
 
 
-@pytest.mark.xfail(
-    nft_version() < (1, 0, 7),
-    strict=True,
-    reason="nft 1.0.6 ends in SIGSEGV over a set that 1.1.3 declared by type; one declared by typeof it lists",
-)
 def test_the_nodes_own_nft_lists_what_the_image_wrote(mesh: Mesh) -> None:
     own = mesh.node.folder / "own-nft"
     shutil.copy2("/usr/sbin/nft", own)  # before the node's is covered by the image's

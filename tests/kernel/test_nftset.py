@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from tests.kernel.world import Netns, nft_list
 from meshcni import istio
 from meshcni.errors import ApplyError
 from meshcni.host.backends.libnftables import Nft
+from meshcni.host.netlink import NetlinkSocket, attributes
 from meshcni.host.probeset import NFT_TABLE, NftProbeSet
 
 
@@ -41,6 +43,43 @@ def test_what_nft_prints(host: Host) -> None:
         "\t}\n"
         "}\n"
     )
+
+
+def kernel_sets() -> dict[str, tuple[int, int, bytes]]:
+    """What the kernel holds of each set in this namespace: nft's number of the key's type, its length, nft's notes."""
+    with NetlinkSocket(12) as kernel:  # NETLINK_NETFILTER; NFT_MSG_GETSET of every family
+        replies = kernel.dump(10 << 8 | 10, struct.pack("=BBH", 0, 0, 0))
+    found = {}
+    for values in (dict(attributes(reply[4:])) for reply in replies):
+        kind, length = (int.from_bytes(values[number], "big") for number in (4, 5))
+        found[values[2].rstrip(b"\0").decode()] = kind, length, values.get(13, b"")
+    return found
+
+
+def test_what_is_written_about_a_set(host: Host) -> None:
+    """The byte order of keys alone, as every nft before 1.1 did: one may end in SIGSEGV over what 1.1 adds."""
+    notes = struct.pack("=BBI", 0, 4, 2)
+    expected = {istio.PROBE_SET_V4: (7, 4, notes), istio.PROBE_SET_V6: (8, 16, notes)}
+    sets = host.sets()
+    sets.put({ONE: UID})
+    sets.ensure()
+    host.nft(CHAIN + "\n" + RULE)
+    sets.put({ONE: OTHER_UID, TWO: UID, SIX: UID})
+    sets.delete([TWO])
+    assert host.netns.call(kernel_sets) == expected
+
+
+def test_a_set_of_the_same_type_that_nft_made_stays_as_it_is(host: Host) -> None:
+    host.nft(
+        f"add table inet {NFT_TABLE}\n"
+        f'add set inet {NFT_TABLE} {istio.PROBE_SET_V4} {{ typeof ip daddr ; comment "theirs" ; }}\n'
+        f"add element inet {NFT_TABLE} {istio.PROBE_SET_V4} {{ 10.77.0.2 }}"
+    )
+    before = host.netns.call(kernel_sets)[istio.PROBE_SET_V4]
+    sets = host.sets()
+    sets.ensure()
+    assert host.netns.call(kernel_sets)[istio.PROBE_SET_V4] == before
+    assert sets.entries() == {ONE: ""}
 
 
 def test_sets_and_entries_of_others(host: Host) -> None:
@@ -141,6 +180,7 @@ def test_one_transaction_for_a_put_of_both_families(host: Host) -> None:
     def put_twice() -> int:
         counting = Counting()
         sets = NftProbeSet(BOTH, counting)
+        sets.ensure()
         sets.put({ONE: UID, SIX: UID})
         sets.put({ONE: OTHER_UID, SIX: OTHER_UID})
         return counting.changes
@@ -175,13 +215,18 @@ def test_an_entry_that_goes_between_the_look_and_the_change(host: Host) -> None:
 
 def test_sets_that_go_between_the_look_and_the_change(host: Host) -> None:
     class Slow(Nft):
+        flushed = False
+
         def change(self, commands: str) -> None:
-            super().change("flush ruleset")
+            if not self.flushed:
+                super().change("flush ruleset")
+            self.flushed = True
             super().change(commands)
 
     host.sets().put({ONE: UID, TWO: UID})
     host.netns.call(lambda: NftProbeSet(BOTH, Slow()).delete([ONE]))
     assert host.sets().entries() == {}
+    host.sets().ensure()
     host.netns.call(lambda: NftProbeSet(BOTH, Slow()).put({ONE: UID}))
     assert host.sets().entries() == {ONE: UID}
 

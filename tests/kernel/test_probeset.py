@@ -264,16 +264,19 @@ def test_unrelated_sets_stay(real: Host) -> None:
     assert (real.ipset("save"), nft_list(real.netns)) == before
 
 
-def test_without_permission(real: Host, netns: Netns) -> None:
-    def drop_then_put() -> str:
+@pytest.mark.parametrize("method", ["ensure", "put"])
+def test_without_permission(real: Host, netns: Netns, method: str) -> None:
+    def drop_then_change() -> str:
         header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
         assert ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()) == 0
         families = {"ipset": IpsetProbeSet, "nft": NftProbeSet}
+        sets = families[real.variant](BOTH)
+        change = sets.ensure if method == "ensure" else lambda: sets.put({ONE: UID})
         with pytest.raises(ApplyError) as caught:
-            families[real.variant](BOTH).put({ONE: UID})
+            change()
         return str(caught.value)
 
-    message = netns.call(drop_then_put)
+    message = netns.call(drop_then_change)
     assert "ot permitted" in message
     assert "CAP_NET_ADMIN is needed" in message
 

@@ -1,6 +1,7 @@
 """Netlink framing: a socket of the calling thread's network namespace that changes, asks and dumps, and attributes.
 
-Message layout: linux/netlink.h. What the messages mean is the business of `rtnetlink` and `ipset`.
+Message layout: linux/netlink.h. What the messages mean is the business of `rtnetlink`, `ipset` and
+`nftmessages`.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
 NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE = 0x400, 0x200, 0x100
+NLM_F_ACK = 0x4
 NLA_F_NESTED, NLA_F_NET_BYTEORDER = 0x8000, 0x4000
 
-_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
+_NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_DUMP_INTR = 0x10
 _DUMP_ATTEMPTS = 5  # as often as the original repeats an interrupted dump
@@ -46,15 +48,22 @@ class NetlinkSocket:
 
     def change(self, message: int, flags: int, body: bytes) -> None:
         """Send a message and wait until the kernel has acknowledged it."""
-        self._send(message, flags | _NLM_F_ACK, body)
-        for kind, _flags, payload in self._receive():
+        self.change_all([(message, flags | NLM_F_ACK, body)])
+
+    def change_all(self, messages: Sequence[Message]) -> None:
+        """Send messages in one packet and wait until the kernel has acknowledged all that ask for it."""
+        self._send(*messages)
+        awaited = sum(1 for _kind, flags, _body in messages if flags & NLM_F_ACK)
+        replies = self._receive()
+        while awaited:
+            kind, _flags, payload = next(replies)
             if kind == _NLMSG_ERROR:
                 _raise_for(payload)
-                return
+                awaited -= 1
 
     def ask(self, message: int, body: bytes) -> bytes:
         """Send a question and return the payload of its one answer."""
-        self._send(message, 0, body)
+        self._send((message, 0, body))
         kind, _flags, payload = next(self._receive())
         if kind == _NLMSG_ERROR:
             _raise_for(payload)
@@ -63,7 +72,7 @@ class NetlinkSocket:
     def dump(self, message: int, body: bytes) -> list[bytes]:
         """Send a question and return the payloads of all its answers; asks again when things changed meanwhile."""
         for _attempt in range(_DUMP_ATTEMPTS):
-            self._send(message, _NLM_F_DUMP, body)
+            self._send((message, _NLM_F_DUMP, body))
             replies, interrupted = [], False
             for kind, flags, payload in self._receive():
                 interrupted = interrupted or bool(flags & _NLM_F_DUMP_INTR)
@@ -75,10 +84,10 @@ class NetlinkSocket:
                 return replies
         raise InterruptedError("the kernel's answer kept changing while it was read")
 
-    def _send(self, message: int, flags: int, body: bytes) -> None:
+    def _send(self, *messages: Message) -> None:
+        """Send messages with one number, by which `_receive` knows their answers."""
         self._sequence += 1
-        header = struct.pack("=IHHII", 16 + len(body), message, flags | _NLM_F_REQUEST, self._sequence, 0)
-        self._socket.send(header + body)
+        self._socket.send(b"".join(_framed(message, self._sequence) for message in messages))
 
     def _receive(self) -> Iterator[Message]:
         while True:
@@ -88,6 +97,12 @@ class NetlinkSocket:
                 if sequence == self._sequence:
                     yield kind, flags, data[16:length]
                 data = data[max(16, (length + 3) & ~3) :]
+
+
+def _framed(message: Message, sequence: int) -> bytes:
+    kind, flags, body = message
+    header = struct.pack("=IHHII", 16 + len(body), kind, flags | _NLM_F_REQUEST, sequence, 0)
+    return header + body + b"\0" * (-len(body) % 4)
 
 
 def attribute(kind: int, value: bytes) -> bytes:

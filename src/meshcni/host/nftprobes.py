@@ -1,17 +1,19 @@
-"""The host's address sets in its own nft table, through libnftables in this process."""
+"""The host's address sets in its own nft table: made by messages of our own, changed and listed through libnftables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from errno import EAFNOSUPPORT, EOPNOTSUPP, EPERM, EPROTONOSUPPORT
 
 from meshcni import istio
 from meshcni.errors import ApplyError
-from meshcni.host import nftset
+from meshcni.host import nftmessages, nftset
 from meshcni.host.backends.libnftables import Nft, NftUnavailableError
 from meshcni.host.probeentries import SET_NAMES, IpAddress, by_family, checked, ordered, reachable
 from meshcni.rules.model import Family
 
 NFT_TABLE = istio.AMBIENT_NFT_TABLE_PREFIX + "nat"  # shared with the host's rules
+_NO_NF_TABLES = (EAFNOSUPPORT, EOPNOTSUPP, EPROTONOSUPPORT)
 
 
 class _NoSuchSetError(ApplyError):
@@ -23,7 +25,7 @@ class _ExistsError(ApplyError):
 
 
 class NftProbeSet:
-    """Sets in the host's own nft table, through libnftables in this process."""
+    """Sets in the host's own nft table, the entries through libnftables in this process."""
 
     variant = "nft"
     warning = ""
@@ -34,8 +36,7 @@ class NftProbeSet:
 
     def ensure(self) -> None:
         """See ProbeSet."""
-        names = ((SET_NAMES[family], family.value) for family in ordered(self._families))
-        self._change("make the sets", "".join(nftset.ensure(NFT_TABLE, name, version) for name, version in names))
+        self._make(self._families)
 
     def entries(self) -> dict[IpAddress, str]:
         """See ProbeSet."""
@@ -83,13 +84,19 @@ class NftProbeSet:
             self._change("delete the table", f"add table inet {NFT_TABLE}\ndelete table inet {NFT_TABLE}\n")
 
     def _put(self, changes: Mapping[Family, str]) -> None:
-        """Make changes, and the sets they are for, which somebody may have flushed since they were made."""
-        parts = [
-            nftset.ensure(NFT_TABLE, SET_NAMES[family], family.value) + change
-            for family, change in changes.items()
-            if change
-        ]
-        self._change("put addresses into the sets", "".join(parts))
+        """Make changes, and the sets they are for if somebody has flushed them since they were made."""
+        what, commands = "put addresses into the sets", "".join(changes.values())
+        try:
+            self._change(what, commands)
+        except _NoSuchSetError:
+            self._make(changes)
+            self._change(what, commands)
+
+    def _make(self, families: Iterable[Family]) -> None:
+        try:
+            nftmessages.make_sets(NFT_TABLE, {SET_NAMES[family]: family.value for family in ordered(families)})
+        except OSError as error:
+            raise _kernel_failure(error) from None
 
     def _elements(self, family: Family) -> Mapping[IpAddress, str]:
         found: dict[IpAddress, str] = {}
@@ -131,7 +138,22 @@ def _nft_failure(what: str, error: ApplyError) -> ApplyError:
     if _is_absence(error):
         kind = _NoSuchSetError
     reason = error.message.splitlines()[0].removeprefix("nft refused the rules: ")
-    hint = f"somebody else may have changed it: nft list table inet {NFT_TABLE}"
-    if "Operation not permitted" in reason:
-        hint = "CAP_NET_ADMIN is needed in the host's network namespace"
-    return kind(f"cannot {what} of nft table inet {NFT_TABLE}: {reason}", hint)
+    return kind(_message(what, reason), _hint(is_permitted="Operation not permitted" not in reason))
+
+
+def _kernel_failure(error: OSError) -> ApplyError:
+    """Say that the kernel refused to make the sets, and its reason."""
+    reason = error.strerror or str(error)
+    if error.errno in _NO_NF_TABLES:
+        return NftUnavailableError(f"the kernel has no nf_tables: {reason}", "load nf_tables or use iptables (legacy)")
+    return ApplyError(_message("make the sets", reason), _hint(is_permitted=error.errno != EPERM))
+
+
+def _message(what: str, reason: str) -> str:
+    return f"cannot {what} of nft table inet {NFT_TABLE}: {reason}"
+
+
+def _hint(*, is_permitted: bool) -> str:
+    if is_permitted:
+        return f"somebody else may have changed it: nft list table inet {NFT_TABLE}"
+    return "CAP_NET_ADMIN is needed in the host's network namespace"

@@ -36,11 +36,6 @@ class Block:
         return _NAMED_AFTER + set_name in self.tokens
 
 
-def ensure(table: str, name: str, version: int) -> str:
-    """Return commands that make the table and a set of IPv4 or IPv6 addresses unless they are there."""
-    return f"add table inet {table}\nadd set inet {table} {name} {{ type ipv{version}_addr ; }}\n"
-
-
 def put(table: str, name: str, comments: Mapping[IpAddress, str], there: Mapping[IpAddress, str]) -> str:
     """Return commands, for one transaction, after which each address is there with its comment; `there` is what is.
 

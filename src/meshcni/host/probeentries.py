@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Address, IPv6Address
 
 from meshcni import istio
@@ -17,7 +17,7 @@ SET_NAMES = {Family.V4: istio.PROBE_SET_V4, Family.V6: istio.PROBE_SET_V6}
 _UID = re.compile(r"[A-Za-z0-9._-]{1,127}")  # 127 bytes is what nft has room for; a UID has 36 or 32
 
 
-def ordered(families: frozenset[Family]) -> list[Family]:
+def ordered(families: Iterable[Family]) -> list[Family]:
     """Return the families in the order in which their sets are made and listed."""
     return sorted(families, key=lambda family: family.value)
 

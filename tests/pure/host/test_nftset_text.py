@@ -133,7 +133,6 @@ def test_a_listing_with_something_put_in(at: int, text: str) -> None:
 
 def test_commands() -> None:
     two = {ip_address("10.0.0.1"): "a", ip_address("10.0.0.2"): "b"}
-    assert nftset.ensure("t", "s", 6) == "add table inet t\nadd set inet t s { type ipv6_addr ; }\n"
     assert nftset.replace("t", "s", two).splitlines() == [
         'add element inet t s { 10.0.0.1 comment "a", 10.0.0.2 comment "b" }',
         "delete element inet t s { 10.0.0.1, 10.0.0.2 }",
