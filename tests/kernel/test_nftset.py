@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import struct
 from collections.abc import Iterator
+from errno import EPROTONOSUPPORT
 
 import pytest
 from tests.kernel.probeworld import BOTH, ONE, OTHER_UID, SIX, TWO, UID, Host
@@ -11,7 +14,7 @@ from tests.kernel.world import Netns, nft_list
 
 from meshcni import istio
 from meshcni.errors import ApplyError
-from meshcni.host.backends.libnftables import Nft
+from meshcni.host.backends.libnftables import Nft, NftUnavailableError
 from meshcni.host.netlink import NetlinkSocket, attributes
 from meshcni.host.probeset import NFT_TABLE, NftProbeSet
 
@@ -246,3 +249,34 @@ def test_what_is_right_is_left_alone(host: Host) -> None:
         sets.delete([TWO])
 
     host.netns.call(again)
+
+
+def without_netfilter() -> None:
+    """Have this thread's kernel know no netfilter sockets: seccomp answers for them as a kernel without does."""
+    number = {"x86_64": 41, "aarch64": 198}[platform.machine()]  # socket
+    load, equal, answer = 0x20, 0x15, 0x06  # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_RET|BPF_K
+    steps = (
+        (load, 0, 0, 0),  # seccomp_data.nr
+        (equal, 0, 3, number),
+        (load, 0, 0, 32),  # seccomp_data.args[2], the protocol
+        (equal, 0, 1, 12),  # NETLINK_NETFILTER
+        (answer, 0, 0, 0x00050000 | EPROTONOSUPPORT),  # SECCOMP_RET_ERRNO
+        (answer, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
+    )
+    program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
+    header = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(program)))
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    assert prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+    assert prctl(22, 2, header, 0, 0) == 0, ctypes.get_errno()  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
+def test_a_kernel_without_netfilter(host: Host) -> None:
+    def ensure() -> ApplyError:
+        without_netfilter()
+        with pytest.raises(NftUnavailableError) as caught:
+            NftProbeSet(BOTH).ensure()
+        return caught.value
+
+    error = host.netns.call(ensure)
+    assert error.message == "the kernel has no nf_tables: Protocol not supported"
+    assert error.hint == "load nf_tables or use iptables (legacy)"

@@ -1,7 +1,8 @@
 """Messages of the kernel's nf_tables that make sets of addresses, in the calling thread's network namespace.
 
 Layouts and numbers: linux/netfilter/nf_tables.h, nfnetlink.h. Not left to libnftables, because 1.1 writes more about a
-set of `type ipv4_addr` than its type, and over that a 1.0 ends its whole process, be it `nft` or an agent.
+set of `type ipv4_addr` than its type, and over that a 1.0 ends its whole process, be it `nft` or an agent
+(docs/adr/0009-ipset-messages.md).
 """
 
 from __future__ import annotations
