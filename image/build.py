@@ -20,6 +20,7 @@ from image.model import ARCHITECTURES, Contents, Entry, EntryKind, Subject
 from image.parts import Parts, own_code
 from image.referrers import JSON, Descriptor, digest_of
 from image.toolchain import Toolchain
+from image.unpack import Unpacked
 
 PREFIX = "io.meshcni.image."
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -109,16 +110,29 @@ class Builder:
         linked = {package for one in made for package in one.linked}
         packages = {package for found in listed.values() for package in found} | linked
         unpacked = unpack.debs(fetch(packages, self.cache))
+        notices = self._notices([unpacked[package] for package in linked])
         return Parts(
             architecture=architecture,
             debs={group: [unpacked[package] for package in found] for group, found in listed.items()},
             linked={package: unpacked[package] for package in linked},
+            notices=notices,
             wheels=fetch_wheels(self.lock.wheels_for(architecture), self.cache),
             binaries=executables,
             own_code=own_code(self.repository / "src"),
             own_licence=(self.repository / "LICENSE").read_bytes(),
             compile=lambda files: binaries.compile_python(toolchain, files),
         )
+
+    def _notices(self, linked: Sequence[Unpacked]) -> list[Unpacked]:
+        """The packages of the toolchain that hold the licences of those that are linked."""
+        toolchain = {package.name: package for package in self.lock.group("toolchain")}
+        found: dict[str, Unpacked] = {}
+        wanted = {unpack.documented_in(one) for one in linked}
+        while missing := {toolchain[name] for name in wanted if name in toolchain and name not in found}:
+            more = unpack.debs(fetch(missing, self.cache))
+            found |= {package.name: one for package, one in more.items()}
+            wanted = {unpack.documented_in(one) for one in more.values()}
+        return [found[name] for name in sorted(found)]
 
     def _write(
         self, writer: LayoutWriter, variant: Variant, packed: Mapping[str, Mapping[str, Packed]]

@@ -27,7 +27,7 @@ def components(
     linked = {PLUGIN: binaries.plugin.linked, LAUNCHER: [package for one in launcher for package in one.linked]}
     for package in sorted({package for packages in linked.values() for package in packages}):
         unpacked = parts.linked[package]
-        licences = unpack.copyright_of(unpacked, parts.linked.values())
+        licences = unpack.copyright_of(unpacked, (*parts.linked.values(), *parts.notices))
         found.append(unpack.deb_component(unpacked, licences, "static"))
     for key in (AGENT, PLUGIN, LAUNCHER, IMAGE):
         contains = sorted({f"static:{package.name}" for package in linked.get(key, ())})

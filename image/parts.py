@@ -20,6 +20,7 @@ class Parts:
     architecture: str
     debs: Mapping[str, Sequence[Unpacked]]  # by group of the lock, without the architecture
     linked: Mapping[DebPackage, Unpacked]  # packages whose code was linked into the executables
+    notices: Sequence[Unpacked]  # packages to which folders of documents of those lead
     wheels: Mapping[Wheel, Path]
     binaries: Binaries
     own_code: Mapping[str, bytes]  # by path below OWN

@@ -120,6 +120,12 @@ def copyright_of(unpacked: Unpacked, others: Iterable[Unpacked]) -> dict[str, by
     return {}
 
 
+def documented_in(unpacked: Unpacked) -> str:
+    """The name of the package whose folder of documents serves for this one too; empty when it has its own."""
+    path = f"{DOCUMENTS}/{unpacked.package.name}"
+    return next((entry.target for entry in unpacked.entries if entry.path == path and entry.target), "")
+
+
 def wheel(locked: Wheel, path: Path, folder: str) -> tuple[Component, list[Entry]]:
     """The files of a wheel below `folder`."""
     key = f"pypi:{locked.name.lower()}"

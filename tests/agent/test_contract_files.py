@@ -103,6 +103,14 @@ def test_kubeconfig_mode(node: Node, text: str, mode: int) -> None:
     assert mode_of(node.kubeconfig) & 0o777 == mode
 
 
+def test_a_kubeconfig_for_the_agent_itself_is_minded_only(node: Node) -> None:
+    """The original's would go by it. Ours is a pod: it works, and says what it does instead."""
+    agent = node.ready(KUBECONFIG="/nowhere/config", **QUIET)
+    assert "KUBECONFIG=/nowhere/config has no effect: the agent reaches the API server by its service account" in (
+        agent.log
+    )
+
+
 def test_kubeconfig_mode_as_flag(node: Node) -> None:
     node.ready("--kubeconfig-mode=0640", **QUIET)
     assert mode_of(node.kubeconfig) == 0o640

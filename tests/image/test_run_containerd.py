@@ -64,7 +64,7 @@ def status_of_idle_agent(runtime: Runtime, pod: Pod, container: Container) -> di
 )
 @pytest.mark.parametrize(
     "argument",
-    ["version", pytest.param("--version", marks=pytest.mark.xfail(strict=True, reason="there is no such flag yet"))],
+    ["version", "--version"],
 )
 def test_the_version_without_any_right(runtime: Runtime, image: Image, command: tuple[str, ...], argument: str) -> None:
     status, text = runtime.run(image, argument, command=command, security=READ_ONLY)

@@ -5,6 +5,7 @@ Sub-commands import what they need when they run: `version` answers in 30 ms and
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -44,6 +45,8 @@ def _command_first(arguments: list[str]) -> list[str]:
 
 def _agent(arguments: Sequence[str]) -> int:
     """Run the agent itself."""
+    # Process 1 of a container ignores what it has no handler for; a stop would wait for the end of the grace period.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the agent lives, there is nothing to end
     from meshcni.agent.start import run
 
     return run(arguments)
@@ -104,6 +107,7 @@ COMMANDS: Mapping[str, tuple[Command, str]] = {
     "uninstall": (_uninstall, "take conf entry and kubeconfig off this node (--purge: the plugin too)"),
     "completion": (_not_provided, "not provided"),
     "collateral": (_not_provided, "not provided"),
+    "--version": (_version, "the same as version"),
     "help": (_help, "print this"),
     "--help": (_help, "print this"),
     "-h": (_help, "print this"),

@@ -30,12 +30,12 @@ def run(arguments: Sequence[str]) -> int:
         return main(["help"])
     if parsed.rest:
         raise UsageError(f"unknown command {parsed.rest[0]!r}", "install-cni help lists the commands")
-    _refuse_kubeconfig(os.environ)
     settings = settle(parsed, os.environ)
     plugin_log_level = _configure_logging(settings)
     for shown in show(settings):
         if shown.origin != "default":
             log.info("setting %s=%s", shown.row.name, shown.value, extra=logs.labels(origin=shown.origin))
+    _mind_kubeconfig(os.environ)
     lacking = privileges.check(settings, procfs.privileges())
     if lacking:
         log.warning("%s", lacking)
@@ -48,14 +48,11 @@ def run(arguments: Sequence[str]) -> int:
     return asyncio.run(live())
 
 
-def _refuse_kubeconfig(environment: Mapping[str, str]) -> None:
+def _mind_kubeconfig(environment: Mapping[str, str]) -> None:
     """The original's agent would go by KUBECONFIG; ours goes by its service account, and must not do so silently."""
     path = environment.get("KUBECONFIG")
     if path:
-        raise SettingError(
-            f"KUBECONFIG is {path!r} (environment variable), and the agent uses no kubeconfig: it is a pod",
-            "take the variable away: the agent reaches the API server by its service account",
-        )
+        log.warning("KUBECONFIG=%s has no effect: the agent reaches the API server by its service account", path)
 
 
 def _raise_descriptor_limit() -> None:
