@@ -28,7 +28,7 @@ def start(mesh: Mesh) -> list[Row]:
     checkout = mesh.agent
     checkout.terminate()
     account = mesh.node.folder / "serviceaccount"
-    image = ImageAgent(mesh.node, mesh.runtime, mesh.api.environment, account)
+    image = ImageAgent(mesh.node, mesh.runtime, mesh.api.environment, account, host_network=True)  # as the checkout's
     checkout_times, image_times = [], []
     ready_after(image)  # the first start unpacks the image
     try:

@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImageError as error:
         _complain(error)
         return 1
+    except BrokenPipeError:  # the reader of our output went away
+        return 1
 
 
 def build(arguments: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -41,6 +42,9 @@ def run(arguments: Sequence[str]) -> int:
         log.warning("%s", lacking)
     _raise_descriptor_limit()
     from meshcni.agent.app import Agent  # the heavy part, after errors in settings have been told
+
+    gc.freeze()
+    gc.enable()
 
     async def live() -> int:
         return await Agent(settings, plugin_log_level).run()

@@ -79,8 +79,9 @@ def _ambient(ambient: Mapping[str, Any] | None) -> list[str]:
 def _link_text(link: Mapping[str, Any]) -> str:
     newest = ", newest" if link["newest"] else ""
     error = f"; last error: {link['last_error']}" if link["last_error"] else ""
+    who = f"pid {link['pid']}" if link["pid"] else "a process of another container"  # the kernel tells no more of it
     return (
-        f"{link['state']}{newest}: pid {link['pid']} since {link['since']}, "
+        f"{link['state']}{newest}: {who} since {link['since']}, "
         f"{_count(link['acked'], 'pod')} acknowledged, {link['pending']} waiting{error}"
     )
 

@@ -302,7 +302,7 @@ class IptablesBackend:
         return tuple(word.format(fd=owner) for word in self._tools.into_userns), (owner,)
 
 
-def _environment(purpose: Purpose, host_lock: str = HOST_LOCK) -> Mapping[str, str]:
+def _environment(purpose: Purpose) -> Mapping[str, str]:
     """Return a command's environment: the host's lock for the host's tables where it can be had, else the netns' own.
 
     A container with a read-only root file system has it only when the host's file is mounted.
@@ -310,7 +310,7 @@ def _environment(purpose: Purpose, host_lock: str = HOST_LOCK) -> Mapping[str, s
     if purpose is not Purpose.AMBIENT_HOST:
         return ENVIRONMENT
     try:
-        os.close(os.open(host_lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        os.close(os.open(HOST_LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError:
         return ENVIRONMENT
     return HOST_ENVIRONMENT
