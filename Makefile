@@ -19,7 +19,7 @@ demo: plugin     ## a real containerd starts pods, a real Envoy and a stand-in f
 check: setup     ## format, lint, types, contracts, pure tests
 	@scripts/check
 
-test: plugin image ## all tiers that this machine can run
+test: plugin     ## all tiers that this machine can run
 	@scripts/test
 
 test-pure: setup ## pure tier, with Python 3.13 too when there is one
@@ -31,7 +31,7 @@ test-kernel: setup ## real netfilter and packets in namespaces of the tests
 test-node: plugin ## containerd, Envoy, the built plugin and the agent
 	@scripts/test node
 
-test-image: image plugin ## what is in the image, how it is signed, and running it
+test-image: plugin ## what is in the image, how it is signed, and running it
 	@scripts/test image
 
 bench: plugin    ## costs as ratios to yardsticks of the same run

@@ -28,7 +28,7 @@ from image.lockfile import Lock, package_key
 from image.model import ARCHITECTURES, DebPackage, ImageError
 
 NATIVE = "amd64"  # what the programs of the root run on
-LAYOUT = 1  # of an unpacked root; another number makes those in the caches stale
+LAYOUT = 2  # of an unpacked root; another number makes those in the caches stale
 MERGED = ("bin", "sbin", "lib", "lib64")
 # A root of its own is all that is needed. In a user namespace anybody may enter it; root may where there are none.
 WAYS = (("unshare", "--user", "--map-root-user", "chroot"), ("chroot",))
@@ -114,7 +114,7 @@ class Toolchain:
             tasks += [(partial / "root" / place, place, debs[package], package) for package in packages]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             owners = {path: key for paths, key in pool.map(_unpack_one, tasks) for path in paths}
-        (partial / "root" / "work").mkdir()
+        (partial / "root" / "jobs").mkdir()
         (partial / "owners.json").write_text(json.dumps(owners))
         os.replace(partial, final)
 
@@ -143,7 +143,7 @@ class Toolchain:
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
-            inside = ["env", "-i", f"--chdir=/work/{folder.name}", *ENVIRONMENT]
+            inside = ["env", "-i", f"--chdir=/jobs/{folder.name}", *ENVIRONMENT]
             for command in job.commands:
                 done = _execute([*self._entrance, *inside, *command])
                 if done.returncode != 0:
@@ -155,7 +155,7 @@ class Toolchain:
 
     @contextlib.contextmanager
     def _folder(self) -> Iterator[Path]:
-        folder = Path(tempfile.mkdtemp(dir=self.root / "work"))
+        folder = Path(tempfile.mkdtemp(dir=self.root / "jobs"))
         try:
             yield folder
         finally:

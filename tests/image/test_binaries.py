@@ -141,7 +141,7 @@ def test_linked_packages(architecture: str, name: str) -> None:
 def test_no_path_of_the_machine_is_in_them() -> None:
     for architecture, name in EXECUTABLES:
         data = executable(architecture, name).data
-        for path in (str(ROOT), str(CACHE), "/work/", toolchain().digest, "launcher.c"):
+        for path in (str(ROOT), str(CACHE), "/jobs/", toolchain().digest, "launcher.c"):
             assert path.encode() not in data, (architecture, name, path)
 
 

@@ -98,7 +98,7 @@ def test_a_job_sees_its_files_and_no_more_of_the_machine(monkeypatch: pytest.Mon
     made = nativeroot.toolchain().run(in_python(code, "out", a=b"", b=str(os.getpid()).encode()))
     names = ["LC_ALL", "PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONHASHSEED", "TMPDIR", "TZ"]
     assert eval(made["out"]) == (names, "C", ["a", "b", "out"], False, False)
-    assert not list((nativeroot.toolchain().root / "work").glob(f"*/{os.getpid()}"))
+    assert not list((nativeroot.toolchain().root / "jobs").glob(f"*/{os.getpid()}"))
 
 
 def test_results_are_kept_by_all_that_decides_on_them(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_owner() -> None:
     assert package_key(toolchain.owner("/lib/x86_64-linux-gnu/libz.a")) == "zlib1g-dev:amd64"
     assert package_key(toolchain.owner("/sysroot/arm64/usr/lib/aarch64-linux-gnu/libc.a")) == "libc6-dev:arm64"
     assert package_key(toolchain.owner("/usr/lib/gcc/x86_64-linux-gnu/14/../14/libgcc.a")) == "libgcc-14-dev:amd64"
-    for path in ("/usr/lib/nothing.a", "/../../../owners.json", "/work"):
+    for path in ("/usr/lib/nothing.a", "/../../../owners.json", "/jobs"):
         with pytest.raises(ImageError, match="no package of the toolchain"):
             toolchain.owner(path)
 
