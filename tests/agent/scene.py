@@ -30,6 +30,7 @@ from meshcni.protocols.podadd import AddReply, AddRequest, decode_reply, encode_
 T = TypeVar("T")
 NODE = "agent-test-node"
 PATIENCE_SECONDS = 20.0
+SETTLED_SECONDS = 0.5
 _numbers = itertools.count(1)
 
 
@@ -152,6 +153,19 @@ class Agent:
     def descriptors(self) -> int:
         """How many files it has open."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def settled_descriptors(self) -> int:
+        """How many files it has open once that stays so: a ready agent may still be making connections."""
+        seen, since = self.descriptors(), time.monotonic()
+
+        def stays() -> bool:
+            nonlocal seen, since
+            if (now := self.descriptors()) != seen:
+                seen, since = now, time.monotonic()
+            return time.monotonic() - since > SETTLED_SECONDS
+
+        wait_until("descriptors to settle", stays)
+        return seen
 
     def threads(self) -> int:
         """How many threads it has."""

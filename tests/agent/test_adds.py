@@ -204,7 +204,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("data", "cause"), BROKEN, ids=lambda value: value if isinstance(value, str) else "")
 def test_broken_request_is_refused_and_counted(scene: Scene, agent: Agent, data: bytes, cause: str) -> None:
-    before = agent.descriptors()
+    before = agent.settled_descriptors()
     netns = os.open("/proc/self/ns/net", os.O_RDONLY)
     answer = agent.exchange(data, (netns,))
     os.close(netns)
@@ -216,7 +216,7 @@ def test_broken_request_is_refused_and_counted(scene: Scene, agent: Agent, data:
 
 @pytest.mark.parametrize("count", [0, 2, 9])
 def test_request_needs_exactly_one_descriptor(scene: Scene, agent: Agent, count: int) -> None:
-    before = agent.descriptors()
+    before = agent.settled_descriptors()
     opened = [os.open("/proc/self/ns/net", os.O_RDONLY) for _ in range(count)]
     answer = agent.exchange(encode_request(request_for(sidecar_pod("shop", "cart"), "/x")), opened)
     for descriptor in opened:
@@ -248,7 +248,7 @@ def test_thousand_adds_leave_threads_and_descriptors_flat(scene: Scene, agent: A
     netns = [scene.pod_netns(f"10.1.0.{number + 1}/24") for number in range(10)]
     for path in netns:  # what is opened once and kept does not count
         assert agent.add(pods[1], path).ok
-    descriptors, threads, memory = agent.descriptors(), agent.threads(), agent.rss_mib()
+    descriptors, threads, memory = agent.settled_descriptors(), agent.threads(), agent.rss_mib()
     for number in range(1000):
         assert agent.add(pods[number // 10 % 2], netns[number % 10]).verdict == "sidecar"
     wait_until("descriptors and threads to be as before", lambda: agent.descriptors() <= descriptors)
