@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -234,7 +235,16 @@ def test_what_the_interpreter_knows(amd64: Path) -> None:
     assert ask(amd64, code, path=LAUNCHER) == expected
 
 
+@pytest.fixture
+def not_in_the_background() -> Iterator[None]:
+    """A shell starts what runs in the background with SIGINT ignored, and so are its children, the launcher too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @needs_root
+@pytest.mark.usefixtures("not_in_the_background")
 def test_signals_and_exit_status(amd64: Path) -> None:
     code = "import signal as s; say([s.getsignal(2) is s.default_int_handler, s.getsignal(13) is s.SIG_IGN])"
     assert ask(amd64, code) == [True, True]

@@ -87,7 +87,7 @@ def test_migrating(reader: Reader) -> None:
             mesh.runtime,
             mesh.api.environment,
             mesh.node.folder / "serviceaccount",
-            image=runtime_image(),
+            image=runtime_image(reader.folder / "build" / "image"),
             manifest=daemonset.read(HERE / "original.yaml"),
             verbatim=True,
         )
