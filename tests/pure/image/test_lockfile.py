@@ -212,7 +212,7 @@ def test_any_value_anywhere_is_refused_with_our_error(value: object) -> None:
             lock = parse(json.dumps(document), "lock.json")
         except ImageError:
             continue  # any other exception fails the test
-        assert lock == LOCK
+        assert lock == replace(LOCK, suites=lock.suites)  # any names may be those of suites
 
 
 @pytest.mark.parametrize(
