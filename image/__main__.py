@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build(arguments: Sequence[str]) -> int:
     """Build the image into an OCI layout."""
     from image import build as building
-    from image import definition, evidence, lockfile
+    from image import definition, evidence
 
     defined = definition.read(ROOT / "image" / "image.toml", ROOT / "src")
     parser = argparse.ArgumentParser(prog="python -m image build", description="Build the image as an OCI layout.")
@@ -47,7 +47,7 @@ def build(arguments: Sequence[str]) -> int:
     parser.add_argument("--builder-id", default=evidence.LOCAL_BUILDER, help="who builds, for the provenance: a URI")
     parser.add_argument("--commit", default="", help="the commit that this clean checkout is at, for the provenance")
     options = parser.parse_args(arguments)
-    lock = lockfile.read(ROOT / "image" / "lock.json")
+    lock = building.lock_of(ROOT)
 
     def run(cache: Path) -> Sequence[building.BuiltImage]:
         builder = building.Builder(defined, lock, ROOT, cache)

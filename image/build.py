@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from image import binaries, inventory, layer, layout, rootfs, unpack
+from image import binaries, inventory, layer, layout, lockfile, locking, rootfs, unpack
 from image.definition import Definition, Variant
 from image.fetch import fetch, fetch_wheels
 from image.layout import LayoutWriter
@@ -215,6 +215,13 @@ def split(contents: Contents, below: Contents | None = None) -> list[tuple[str, 
 
 def _is_code(entry: Entry) -> bool:
     return entry.component.startswith(("meshcni:", "pypi:")) and entry.component != inventory.IMAGE
+
+
+def lock_of(repository: Path) -> Lock:
+    """The lock of a checkout. Raises ImageError also when its definition asks for something else by now."""
+    lock = lockfile.read(repository / "image" / "lock.json")
+    locking.require(lock, locking.read_asks(repository / "image" / "image.toml"))
+    return lock
 
 
 @contextmanager

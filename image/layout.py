@@ -1,4 +1,4 @@
-"""An OCI layout: written beside its final place and exchanged for it as a whole; and what one holds by tag."""
+"""An OCI layout: written beside its final place and exchanged for it as a whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 
 from image.model import ImageError
 from image.referrers import INDEX, JSON, MANIFEST, REF_NAME, Descriptor, digest_of, encode
-from image.stored import Manifest, StoredLayout
 
 CONFIG = "application/vnd.oci.image.config.v1+json"
 CPU_VARIANTS = {"arm64": "v8"}  # the platform's variant, which runtimes compare
@@ -149,35 +148,3 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
     with open(folder / f".{name}.lock", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-class Layout:
-    """A finished layout, asked by tag and architecture. Everything read is compared with its digest."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.stored = StoredLayout(path)
-
-    @property
-    def tags(self) -> Mapping[str, Descriptor]:
-        """The index of each tag."""
-        return self.stored.tags
-
-    def index(self, tag: str) -> Manifest:
-        """The image index with that tag."""
-        tags = self.tags
-        if tag not in tags:
-            raise ImageError(f"{self.path}: no image has the tag {tag!r}", f"there are: {', '.join(sorted(tags))}")
-        return self.stored.manifest(tags[tag])
-
-    def manifest(self, tag: str, architecture: str) -> Manifest:
-        """The manifest of the image with that tag for an architecture."""
-        index = self.index(tag)
-        for row, found in zip(index.content["manifests"], index.children, strict=True):
-            if row.get("platform", {}).get("architecture") == architecture:
-                return self.stored.manifest(found)
-        raise ImageError(f"{self.path}: {tag} is not for {architecture}", "there are amd64 and arm64")
-
-    def blob(self, descriptor: Descriptor) -> bytes:
-        """The bytes that `descriptor` names."""
-        return self.stored.read(descriptor)

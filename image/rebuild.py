@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from image import definition, layercontents, lockfile, tools
-from image.build import Builder
+from image import definition, layercontents, tools
+from image.build import Builder, lock_of
 from image.model import ImageError
 from image.referrers import Descriptor, digest_of
 from image.signing import Platform, SignedImage, images
@@ -22,7 +22,7 @@ NOT_EQUAL = "check out the commit that the image is of; if it is that one, the i
 def compare_with_new(published: StoredLayout, folder: Path) -> str:
     """Build everything into `folder` with this checkout's code and lock, and compare."""
     defined = definition.read(ROOT / "image" / "image.toml", ROOT / "src")
-    Builder(defined, lockfile.read(tools.LOCK), ROOT, tools.CACHE).build(folder)
+    Builder(defined, lock_of(ROOT), ROOT, tools.CACHE).build(folder)
     return compare(published, StoredLayout(folder))
 
 

@@ -1,4 +1,4 @@
-"""The file system that an image's layers make, in memory and on disk."""
+"""A layout by tag and architecture, and the file system that an image's layers make, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -7,12 +7,47 @@ import io
 import os
 import posixpath
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from image.layout import Layout
+from image.model import ImageError
+from image.referrers import Descriptor
+from image.stored import Manifest, StoredLayout
 
 XATTR = "SCHILY.xattr."
+
+
+class Layout:
+    """A finished layout, asked by tag and architecture. Everything read is compared with its digest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stored = StoredLayout(path)
+
+    @property
+    def tags(self) -> Mapping[str, Descriptor]:
+        """The index of each tag."""
+        return self.stored.tags
+
+    def index(self, tag: str) -> Manifest:
+        """The image index with that tag."""
+        tags = self.tags
+        if tag not in tags:
+            raise ImageError(f"{self.path}: no image has the tag {tag!r}", f"there are: {', '.join(sorted(tags))}")
+        return self.stored.manifest(tags[tag])
+
+    def manifest(self, tag: str, architecture: str) -> Manifest:
+        """The manifest of the image with that tag for an architecture."""
+        index = self.index(tag)
+        for found, name in index.platforms:
+            if name == architecture:
+                return self.stored.manifest(found)
+        raise ImageError(f"{self.path}: {tag} is not for {architecture}", "there are amd64 and arm64")
+
+    def blob(self, descriptor: Descriptor) -> bytes:
+        """The bytes that `descriptor` names."""
+        return self.stored.read(descriptor)
 
 
 @dataclass(frozen=True, slots=True)

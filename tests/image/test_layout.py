@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from image.layout import Layout
+from image.build import lock_of
 from image.model import ImageError
 from image.referrers import INDEX, MANIFEST
+from tests.image.layers import Layout
 
 from image import definition, layout, lockfile
 
@@ -262,6 +263,7 @@ FULL = """
 import sys
 from pathlib import Path
 from image import layout
+from image.build import lock_of
 from image.model import ImageError
 try:
     with layout.replacing(Path(sys.argv[1]) / "image") as writer:
@@ -304,3 +306,14 @@ def test_unknown_words_are_refused_with_the_known_ones(
     assert done.returncode == status
     for part in said:
         assert part in done.stdout + done.stderr
+
+
+def test_a_lock_that_is_not_the_definitions_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "image").mkdir()
+    shutil.copy(ROOT / "image" / "lock.json", tmp_path / "image")
+    asked = (ROOT / "image" / "image.toml").read_text()
+    (tmp_path / "image" / "image.toml").write_text(asked.replace('names = ["h11", ', 'names = ["jinja2", "h11", '))
+    with pytest.raises(ImageError, match="they differ in jinja2") as refused:
+        lock_of(tmp_path)
+    assert refused.value.hint == "run `make lock`"
+    assert lock_of(ROOT).wheels

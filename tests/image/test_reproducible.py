@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from image.layout import Layout
 from image.toolchain import Toolchain
+from tests.image.layers import Layout
 
 from image import lockfile
 
