@@ -4,8 +4,8 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 SOURCES := src tests lab bench native image scripts
 
-.PHONY: help setup demo test check format test-pure test-kernel test-node test-image bench plugin image lock push sign \
-	verify-image expected reference clean
+.PHONY: help setup demo demo-cluster test check format test-pure test-kernel test-node test-image test-chart test-cluster bench \
+	plugin image kubernetes cluster-up cluster-down kubectl lock push sign verify-image expected reference clean
 
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+: .*##' Makefile | sed -E 's/: .*##/\t/' | expand -t 16
@@ -15,6 +15,9 @@ setup:           ## install everything the other targets need
 
 demo: plugin     ## a real containerd starts pods, a real Envoy and a stand-in for ztunnel get their traffic
 	@$(PYTHON) -m lab.demo
+
+demo-cluster: plugin kubernetes image ## a real Kubernetes: the chart, a sidecar and two ambient pods on two nodes, their traffic
+	@$(PYTHON) -m lab.cluster demo
 
 check: setup     ## format, lint, types, contracts, pure tests
 	@scripts/check
@@ -34,11 +37,29 @@ test-node: plugin ## containerd, Envoy, the built plugin and the agent
 test-image: plugin ## what is in the image, how it is signed, and running it
 	@scripts/test image
 
+test-chart: setup ## what the chart renders
+	@scripts/test chart
+
+test-cluster: plugin ## a real Kubernetes of two nodes, the chart, the built image
+	@scripts/test cluster
+
+cluster-up: plugin kubernetes image ## a Kubernetes of two nodes that stays until `make cluster-down`
+	@$(PYTHON) -m lab.cluster up
+
+cluster-down: setup ## remove it
+	@$(PYTHON) -m lab.cluster down
+
+kubectl: setup   ## ARGS="get pods -A": kubectl on that cluster
+	@$(PYTHON) -m lab.cluster kubectl $(ARGS)
+
 bench: plugin    ## costs as ratios to yardsticks of the same run
 	@$(PYTHON) -m bench
 
 plugin: setup    ## build/istio-cni, one static executable
 	@scripts/build-plugin
+
+kubernetes: setup ## build/kubernetes: every daemon, kubectl and Helm; minutes when nothing is cached
+	@scripts/build-kubernetes
 
 image: setup     ## build/image, an OCI layout: both variants, both architectures
 	@$(PYTHON) -m image build
