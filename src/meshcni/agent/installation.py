@@ -273,49 +273,84 @@ class Installation:
     def take_away(self, *, purge: bool = False) -> tuple[str, ...]:
         """Take out the conf entry, then the kubeconfig, then leave the marker or (`purge`, or as configured) no binary.
 
-        Returns what was done, as sentences. Raises InstallError; what comes after the failed part is left in place.
+        Returns what was done, as sentences. A part that fails keeps the plugin on the node and the marker is left all
+        the same: who uninstalls wants pods to start, whatever a conf still says. Raises InstallError then.
         """
         with self._one_at_a_time:
-            done = self._take_out_conf_entry()
+            done: list[str] = []
+            failures: list[InstallError] = []
+            removes = purge or self.config.uninstall_removes_binary
+            steps = [self._take_out_conf_entry, self._remove_kubeconfig, *([self._remove_binary] if removes else [])]
+            for step in steps:
+                if failures and step == self._remove_binary:
+                    break  # what a conf still names has to be there
+                try:
+                    step(done)
+                except InstallError as error:
+                    failures.append(error)
             self._was_in_place = False
-            config = self.config
-            with _failing_as(KUBECONFIG_FAILURE, "remove kubeconfig"):
-                if files.remove(config.kubeconfig_path):
-                    done.append(f"removed {config.kubeconfig_path}")
-                for entry in entries(folder := os.path.join(config.run_dir, BACKUP_DIR_NAME)):
-                    files.remove(entry.path)
-                with contextlib.suppress(FileNotFoundError):
-                    os.rmdir(folder)
-            with _failing_as(BINARIES_FAILURE, "remove binaries"):
-                if purge or config.uninstall_removes_binary:
-                    done += self._remove_binary()
-                elif done or os.path.isdir(config.run_dir):
-                    os.makedirs(config.run_dir, RUN_DIR_MODE, exist_ok=True)
-                    files.write_atomically(config.marker_path, MARKER_TEXT, mode=0o644)
-                    done.append(f"left the plugin to let pods pass, marked by {config.marker_path}")
+            if not removes or failures:
+                self._leave_marker(done, failures)
+            if failures:
+                raise self._unfinished(failures)
             return tuple(done)
 
-    def _take_out_conf_entry(self) -> list[str]:
+    def _take_out_conf_entry(self, done: list[str]) -> None:
         if not os.path.isdir(self.config.conf_dir):
-            return []
-        done: list[str] = []
+            return
         with _failing_as(CONF_FAILURE, "clean up CNI config"), files.locked(self.config.conf_dir):
             for _ in range(RACES):
                 directory, states = self._read_conf_dir()
                 found = removal(directory, self.policy, self._backups())
                 with contextlib.suppress(FileChangedError):
                     self._apply(found, states, done)
-                    return [*done, *found.notes]
+                    done += found.notes
+                    return
             raise FileChangedError(f"{self.config.conf_dir} is changed by somebody else each time we write it")
 
-    def _remove_binary(self) -> list[str]:
-        paths = [os.path.join(base, istio.PLUGIN_NAME) for base in self.config.binary_target_dirs]
-        for path in paths:
-            files.remove_stale_temps(path, "*")
-        with contextlib.suppress(FileNotFoundError):
-            files.remove(self.config.marker_path)
-        self._binaries_seen.clear()
-        return [f"removed {path}" for path in paths if files.remove(path)]
+    def _remove_kubeconfig(self, done: list[str]) -> None:
+        path = self.config.kubeconfig_path
+        with _failing_as(KUBECONFIG_FAILURE, "remove kubeconfig"):
+            if files.remove(path):
+                done.append(f"removed {path}")
+            for entry in entries(folder := os.path.join(self.config.run_dir, BACKUP_DIR_NAME)):
+                files.remove(entry.path)
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(folder)
+
+    def _leave_marker(self, done: list[str], failures: list[InstallError]) -> None:
+        config = self.config
+        if not (done or failures or os.path.isdir(config.run_dir)):
+            return  # there was nothing of ours, and there shall be nothing
+        try:
+            with _failing_as(BINARIES_FAILURE, "leave the mark of the uninstall"):
+                os.makedirs(config.run_dir, RUN_DIR_MODE, exist_ok=True)
+                files.write_atomically(config.marker_path, MARKER_TEXT, mode=0o644)
+        except InstallError as error:
+            failures.append(error)
+        else:
+            done.append(f"left the plugin to let pods pass, marked by {config.marker_path}")
+
+    def _unfinished(self, failures: list[InstallError]) -> InstallError:
+        first = failures[0]
+        passes = os.path.exists(self.config.marker_path)
+        state = "until then pods start" if passes else "until then pods may not start"
+        hints = dict.fromkeys(filter(None, (failure.hint for failure in failures)))
+        return InstallError(
+            first.result,
+            "; ".join(failure.message for failure in failures),
+            "; ".join([*hints, f"then '{istio.AGENT_NAME} uninstall' again on this node; {state} without an agent"]),
+        )
+
+    def _remove_binary(self, done: list[str]) -> None:
+        with _failing_as(BINARIES_FAILURE, "remove binaries"):
+            paths = [os.path.join(base, istio.PLUGIN_NAME) for base in self.config.binary_target_dirs]
+            for path in paths:
+                files.remove_stale_temps(path, "*")
+            with contextlib.suppress(FileNotFoundError):
+                files.remove(self.config.marker_path)
+            self._binaries_seen.clear()
+            done += [f"removed {path}" for path in paths if files.remove(path)]
 
 
 MARKER_TEXT = (

@@ -290,18 +290,45 @@ def removal(directory: ConfDir, policy: ConfPolicy, backups: Mapping[str, bytes]
     """
     changes: list[Change] = []
     notes: list[str] = []
+    valid, _broken = _sorted_out(directory)
     for name in sorted(directory.files):
+        is_copy = policy.uses_owned and name == policy.owned_name  # made by us, whatever has become of it
         try:
             document = parse(directory.files[name], name)
         except ConfError as error:
-            notes.append(f"left as it is: {error.message}")
+            if is_copy:
+                changes.append(Change(name, None))  # containerd would load no conf at all
+            else:
+                notes.append(f"left as it is: {error.message}")
             continue
         if conf.is_ours(document.value, policy.run_dir):
             changes.append(Change(name, None))
         elif conf.has_entry(document, policy.run_dir):
             changes += _taken_out(directory, policy, name, document, backups)
+        elif is_copy and valid.keys() - {name}:
+            changes.append(Change(name, None))  # somebody took our entry out; the copy would hide the primary for ever
+        notes += _still_named(name, document)
     notes += [f"left as it is: {name} cannot be read: {why}" for name, why in directory.unreadable.items()]
     return Assessment(changes=tuple(changes), notes=tuple(notes))
+
+
+def _still_named(name: str, document: Document) -> list[str]:
+    """A meta plugin's conf may hold a copy of the primary's list with our entry: that is its owner's to renew."""
+    top = [plugin for plugin in conf.plugins_of(document) if not conf.is_ours(plugin)]
+    inside = top if isinstance(document.value.get("plugins"), list) else list(document.value.values())
+    if not any(_names_us(value) for value in inside):
+        return []
+    owner = next((str(plugin.get("type")) for plugin in top if isinstance(plugin, dict)), document.value.get("type"))
+    return [
+        f"left as it is: within the conf of {owner or 'another plugin'}, {name} still names {istio.PLUGIN_NAME}; "
+        "restart what writes that file, or take the entry out by hand, before the plugin's binary is removed"
+    ]
+
+
+def _names_us(value: object) -> bool:
+    if isinstance(value, dict):
+        return conf.is_ours(value) or any(_names_us(inner) for inner in value.values())
+    return isinstance(value, list) and any(_names_us(inner) for inner in value)
 
 
 def _taken_out(
