@@ -249,9 +249,31 @@ class Cluster:
         new["metadata"] = metadata | {field: own[field] for field in kept if field in own}
         return self.replace(kind, (own.get("namespace", ""), name), new)
 
-    def delete(self, kind: Kind, namespace: str, name: str, *, grace_seconds: int | None = None) -> Object:
-        """Delete an object. A pod on a node is marked first and goes when deleted with grace 0, as a kubelet does."""
+    def delete(
+        self,
+        kind: Kind,
+        namespace: str,
+        name: str,
+        *,
+        grace_seconds: int | None = None,
+        preconditions: Mapping[str, str] | None = None,
+    ) -> Object:
+        """Delete an object. A pod on a node is marked first and goes when deleted with grace 0, as a kubelet does.
+
+        Raises Refusal 409 when `uid` or `resourceVersion` of `preconditions` are not the object's.
+        """
         obj = self.get(kind, namespace, name)
+        for field, words in (("uid", "UID"), ("resourceVersion", "ResourceVersion")):
+            asked, has = (preconditions or {}).get(field), obj["metadata"][field]
+            if asked not in (None, has):
+                may_have = "been deleted and then recreated" if field == "uid" else "been modified"
+                raise Refusal(
+                    409,
+                    "Conflict",
+                    f'Operation cannot be fulfilled on {_qualified(kind)} "{name}": the {words} in the precondition '
+                    f"({asked}) does not match the {words} in record ({has}). The object might have {may_have}",
+                    {"name": name, "kind": kind.plural},
+                )
         key = (obj["metadata"].get("namespace", ""), name)
         on_node = kind.plural == "pods" and obj.get("spec", {}).get("nodeName")
         if on_node and grace_seconds != 0:

@@ -324,7 +324,11 @@ class ApiServer:
             case "DELETE", True:
                 grace = request.query.get("gracePeriodSeconds", body.get("gracePeriodSeconds"))
                 return 200, self.cluster.delete(
-                    kind, namespace, name, grace_seconds=None if grace is None else int(grace)
+                    kind,
+                    namespace,
+                    name,
+                    grace_seconds=None if grace is None else int(grace),
+                    preconditions=body.get("preconditions"),
                 )
         raise Refusal(405, "MethodNotAllowed", "the server does not allow this method on the requested resource")
 

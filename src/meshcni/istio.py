@@ -39,6 +39,7 @@ CONTROLZ_PORT = 9876
 # --- the DaemonSet: manifests/charts/istio-cni/templates/daemonset.yaml ----------------------------------------------
 DAEMONSET_NAME = "istio-cni-node"
 AGENT_POD_PREFIX = "istio-cni-node-"
+REPAIR_COMPONENT = "cni-repair"  # source of the repair controller's Events
 AGENT_POD_LABEL = ("k8s-app", "istio-cni-node")
 
 # --- containers the injector makes: cni/pkg/plugin/plugin.go, pkg/config/constants -----------------------------------

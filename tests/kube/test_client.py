@@ -220,6 +220,33 @@ async def test_an_annotation_done_whose_answer_got_lost_is_done_again(world: Wor
         assert [record.request.method for record in server.requests] == ["PATCH", "PATCH"]
 
 
+async def test_a_pod_is_deleted_as_it_was_seen_and_never_another_one(world: World) -> None:
+    async with world() as (server, api):
+        seen = server.add_pod(pod_object("a", uid="u1"))["metadata"]["resourceVersion"]
+        changed = server.patch("pods", "apps", "a", {"status": {"reason": "Changed"}}, "status")["metadata"]
+
+        outdated = await failure_of(api.delete_pod("apps", "a", "u1", seen))
+        successor = await failure_of(api.delete_pod("apps", "a", "u0", changed["resourceVersion"]))
+        assert (outdated.status, successor.status) == (409, 409)
+        assert "deletionTimestamp" not in server.cluster.objects("pods")[0]["metadata"]
+
+        await api.delete_pod("apps", "a", "u1", changed["resourceVersion"])
+        assert "deletionTimestamp" in server.cluster.objects("pods")[0]["metadata"]
+        assert (await failure_of(api.delete_pod("apps", "b", "u1", "1"))).status == 404
+
+
+async def test_a_pod_is_labelled_through_its_status(world: World) -> None:
+    async with world() as (server, api):
+        server.add_pod(pod_object("a", uid="u1"))
+
+        await api.label_pod("apps", "a", "u1", "cni.istio.io/uninitialized", "true")
+        request = server.requests[-1].request
+
+        assert (request.method, request.path) == ("PATCH", "/api/v1/namespaces/apps/pods/a/status")
+        assert server.cluster.objects("pods")[0]["metadata"]["labels"]["cni.istio.io/uninitialized"] == "true"
+        assert (await failure_of(api.label_pod("apps", "a", "u2", "k", "v"))).status == 409
+
+
 async def test_a_watch_gives_events_and_ends_when_the_server_ends_it(world: World) -> None:
     async with world() as (server, api), api.watch(PODS, field_selector="spec.nodeName=n1") as events:
         await until(lambda: server.watches)
@@ -266,6 +293,8 @@ RULES = [
     (lambda api: api.list_objects(*PODS), "list pods"),
     (lambda api: api.create_event("a", {}), "create events in namespace a"),
     (lambda api: api.patch_redirection("a", "b", "u", None), "patch pods/status in namespace a"),
+    (lambda api: api.label_pod("a", "b", "u", "k", "v"), "patch pods/status in namespace a"),
+    (lambda api: api.delete_pod("a", "b", "u", "1"), "delete pods in namespace a"),
 ]
 
 

@@ -79,6 +79,19 @@ async def test_an_event_tells_who_what_and_when() -> None:
     assert len(event["message"]) == 1024
 
 
+async def test_good_news_are_of_type_normal_and_name_who_tells_them() -> None:
+    world = World()
+
+    await world.recorder.note(POD, "Repaired", "all is well", component="cni-repair")
+    await world.warn()
+
+    normal, warning = world.posted
+    assert (normal["type"], normal["reason"], normal["message"]) == ("Normal", "Repaired", "all is well")
+    assert normal["source"] == {"component": "cni-repair", "host": "n1"}
+    assert normal["reportingComponent"] == "cni-repair"
+    assert (warning["type"], warning["source"]["component"]) == ("Warning", "istio-cni")
+
+
 async def test_repetitions_are_counted_and_posted_ever_less_often() -> None:
     world = World()
 

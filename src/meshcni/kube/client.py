@@ -190,6 +190,22 @@ class KubeApi:
         answer = await self._json("PATCH", path, body=body, content_type=MERGE_PATCH, timeout=timeout)
         return pod_from_object(answer)
 
+    async def label_pod(
+        self, namespace: str, name: str, uid: str, key: str, value: str, *, timeout: float = CALL_SECONDS
+    ) -> None:
+        """Set a label of the pod of UID `uid` or none, through `pods/status`; errors as of `patch_redirection`."""
+        body = {"metadata": {"uid": uid, "labels": {key: value}}}
+        path = PODS.path(namespace, name, "status")
+        await self._json("PATCH", path, body=body, content_type=MERGE_PATCH, timeout=timeout)
+
+    async def delete_pod(
+        self, namespace: str, name: str, uid: str, resource_version: str, *, timeout: float = CALL_SECONDS
+    ) -> None:
+        """Delete the pod as it was seen: 404 when there is none, 409 for another UID or a newer version of it."""
+        preconditions = {"uid": uid, "resourceVersion": resource_version}
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": preconditions}
+        await self._json("DELETE", PODS.path(namespace, name), body=body, timeout=timeout)
+
     async def create_event(self, namespace: str, event: Object, *, timeout: float = CALL_SECONDS) -> None:
         """Post a core/v1 Event into `namespace`."""
         await self._json("POST", EVENTS.path(namespace), body=event, timeout=timeout)

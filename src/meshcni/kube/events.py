@@ -1,4 +1,4 @@
-"""Warnings that people find with `kubectl describe pod`: core/v1 Events on the pod they are about.
+"""What people find with `kubectl describe pod`: core/v1 Events on the pod they are about, most of them warnings.
 
 Events are a courtesy: posting one never delays or fails what it tells of. The chart grants `create events` only with
 the repair role, so a 403 silences the recorder for a while, with one line in the log.
@@ -46,7 +46,7 @@ class CreatesEvents(Protocol):
 
 @dataclass
 class Stats:
-    """What became of all warnings, for metrics."""
+    """What became of all Events, for metrics."""
 
     posted: int = 0
     repeated: int = 0  # counted with an earlier one of the same pod and reason
@@ -66,7 +66,7 @@ class _Seen:
 
 
 class EventRecorder:
-    """Posts warnings in the background. `node` names where they come from (`source.host`)."""
+    """Posts Events in the background. `node` names where they come from (`source.host`)."""
 
     def __init__(
         self,
@@ -87,8 +87,15 @@ class EventRecorder:
         self._refused_until = float("-inf")
         self.stats = Stats()
 
-    async def warn(self, pod: Pod, reason: str, message: str) -> None:
+    async def warn(self, pod: Pod, reason: str, message: str, *, component: str = istio.PLUGIN_NAME) -> None:
         """Queue a warning on `pod`; `reason` is one CamelCase word. Returns at once, never raises."""
+        self._take(pod, reason, message, "Warning", component)
+
+    async def note(self, pod: Pod, reason: str, message: str, *, component: str = istio.PLUGIN_NAME) -> None:
+        """Queue an Event of type Normal: something is well again. Returns at once, never raises."""
+        self._take(pod, reason, message, "Normal", component)
+
+    def _take(self, pod: Pod, reason: str, message: str, kind: str, component: str) -> None:
         key = (pod.namespace, pod.name, pod.uid, reason)
         now, seen = self._clock(), self._seen.get(key)
         if now < self._refused_until:
@@ -107,7 +114,7 @@ class EventRecorder:
                 self._seen.popitem(last=False)
         seen.quiet_seconds = min(seen.quiet_seconds * 2, QUIET_MAX_SECONDS)
         seen.quiet_until = now + seen.quiet_seconds
-        self._queue.append((pod.namespace, self._event(pod, reason, message, seen)))
+        self._queue.append((pod.namespace, self._event(pod, reason, message, seen, kind, component)))
         seen.unposted = 0
         if self._poster is None or self._poster.done():
             self._poster = asyncio.get_running_loop().create_task(self._post_queued(), name="kube-events")
@@ -127,7 +134,7 @@ class EventRecorder:
         self._allowance -= 1
         return True
 
-    def _event(self, pod: Pod, reason: str, message: str, seen: _Seen) -> Object:
+    def _event(self, pod: Pod, reason: str, message: str, seen: _Seen, kind: str, component: str) -> Object:
         """The Event as JSON; `count` tells how often it happened since the last one posted."""
         last_at = self._now()
         return {
@@ -144,11 +151,11 @@ class EventRecorder:
                 "name": pod.name,
                 "uid": pod.uid,
             },
-            "type": "Warning",
+            "type": kind,
             "reason": reason,
             "message": message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 3] + "...",
-            "source": {"component": istio.PLUGIN_NAME, "host": self._node},
-            "reportingComponent": istio.PLUGIN_NAME,
+            "source": {"component": component, "host": self._node},
+            "reportingComponent": component,
             "reportingInstance": self._node,
             "firstTimestamp": _timestamp(seen.first_at),
             "lastTimestamp": _timestamp(last_at),
