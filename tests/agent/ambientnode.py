@@ -21,7 +21,8 @@ from typing import Any
 from lab.ztunnel.messages import HELLO, answer, receive
 from tests.agent.zdsworld import open_descriptors
 
-from meshcni.agent.ambient import Ambient, AmbientConfig
+from meshcni.agent.ambient import Ambient
+from meshcni.agent.ambientconfig import AmbientConfig
 from meshcni.agent.hostside import HostConfig, HostSide
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.netnssearch import NetnsNotFoundError

@@ -11,35 +11,30 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any, Protocol
+from typing import Any
 
 from meshcni.agent import ambientreport
-from meshcni.agent import metrics as m
+from meshcni.agent.ambientconfig import AmbientConfig, Namespaces, Pods
 from meshcni.agent.hostside import HostSide
 from meshcni.agent.logs import labels
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.netnssearch import NetnsSearch
+from meshcni.agent.observation import Observation
 from meshcni.agent.podrecord import Netns, PodRecord
 from meshcni.agent.podrules import PodRules
 from meshcni.agent.programming import Programmer
 from meshcni.agent.reconciler import EnrollmentError, Reconciler
-from meshcni.agent.steps import PatchesRedirection, StepParts, Steps, Warn, version_of, workload
+from meshcni.agent.steps import PatchesRedirection, StepParts, Steps, Warn, workload
 from meshcni.agent.verification import Verification
 from meshcni.agent.ztunnel import Workload, ZtunnelServer
-from meshcni.errors import KubeError, MeshCniError, PodSpecError
+from meshcni.errors import MeshCniError
 from meshcni.host import ambient as host_ambient
 from meshcni.host.netns import NetnsFacts, copy_netns, facts
 from meshcni.kube.reducer import Change
-from meshcni.pods.ambient import AmbientParameters, derive_ambient
-from meshcni.pods.ambientsettings import refuse_sandboxed
-from meshcni.pods.eligibility import Policy, Verdict, decide
-from meshcni.pods.enrollment import Annotation, Intent, Life, Step, adopted, annotation_of
+from meshcni.pods.enrollment import Intent, Life, Step, adopted, annotation_of
 from meshcni.pods.model import Namespace, Pod, pod_addresses
-from meshcni.rules.ambient import pod_ruleset
-from meshcni.rules.model import Family
-from meshcni.rules.plan import digest
 
 log = logging.getLogger(__name__)
 
@@ -47,39 +42,6 @@ LEAVE_SECONDS = 45.0  # for all pods of the node to be un-enrolled
 CLAIM_SECONDS = 10.0  # until entries of pods that are no more are looked for again
 STAYS_HINT = "they stay captured until they end; delete them, or uninstall again when the cause is gone"
 Addresses = Collection[IPv4Address | IPv6Address]
-
-
-class Pods(Protocol):
-    """What is needed of the informer of pods."""
-
-    synced: asyncio.Event
-
-    def items(self) -> tuple[Pod, ...]:
-        """All pods of this node."""
-
-
-class Namespaces(Protocol):
-    """What is needed of the informer of namespaces."""
-
-    synced: asyncio.Event
-
-    def get(self, namespace: str, name: str) -> Namespace | None:
-        """One namespace; `namespace` is empty."""
-
-
-@dataclass(frozen=True, slots=True)
-class AmbientConfig:
-    """What the settings say. `defaults` are the node's parameters, which annotations of a pod override.
-
-    `sandboxed_runtimes` are patterns of RuntimeClass names whose pods cannot be enrolled.
-    """
-
-    policy: Policy
-    defaults: AmbientParameters
-    families: frozenset[Family]
-    verify_seconds: float
-    ztunnel_wait_seconds: float
-    sandboxed_runtimes: tuple[str, ...]
 
 
 class Ambient:
@@ -119,7 +81,18 @@ class Ambient:
             facts,
         )
         self.steps = Steps(parts, lambda: list(self.records))
-        self.records = Reconciler(self.ztunnel, self.steps, on_desired=self._became_desired, on_left=self._left)
+        self.records = Reconciler(self.ztunnel, self.steps, on_desired=_became_desired, on_left=self._left)
+        self.observation = Observation(
+            config,
+            self.records,
+            pods=pods,
+            namespaces=namespaces,
+            host=host,
+            api=api,
+            metrics=metrics,
+            backend=programmer.config.backend,
+            look_at=lambda record: self.verification.look_at(record),
+        )
         self.verification = Verification(
             self.records,
             self.steps,
@@ -127,16 +100,12 @@ class Ambient:
             host,
             metrics,
             config.verify_seconds,
-            known_uids=self._known_uids,
-            is_deleted=self._is_deleted,
+            known_uids=self.observation.known_uids,
+            is_deleted=self.observation.is_deleted,
         )
         self._pods, self._namespaces = pods, namespaces
         self._search, self._metrics = search, metrics
-        self._backend = programmer.config.backend
-        self._api = api
-        self._namespaces_known = self._adopted = False
-        self._withdrawn: dict[str, int] = {}  # by UID, in which version: until the informer shows that or a later one
-        self._leaving = self._closed = False  # everything is being un-enrolled; all work has ended
+        self._closed = False  # all work has ended
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -152,14 +121,14 @@ class Ambient:
 
     async def adopt(self) -> None:
         """Take in every pod that was read, with what earlier agents left of it; from then on they are worked on."""
-        self._namespaces_known = True
+        self.observation.namespaces_known = True
         for pod in self._pods.items():
-            self._observe_again(pod)
+            self.observation.observe_again(pod)
         await self._adopt()
 
     def begin_to_leave(self) -> None:
         """From now on no pod belongs to ambient mode; those that are adopted later leave too."""
-        self._leaving = True
+        self.observation.leaving = True
 
     async def close(self) -> None:
         """End all work; pods, host and ztunnel keep what they have."""
@@ -169,19 +138,19 @@ class Ambient:
 
     def not_ready(self) -> tuple[str, ...]:
         """Why not ready. Whether ztunnel is there does not count: it may wait for us."""
-        reasons = () if self._adopted else ("the ambient pods of this node are not looked at yet",)
+        reasons = () if self.observation.adopted else ("the ambient pods of this node are not looked at yet",)
         return (*reasons, *((self.host.trouble,) if self.host.trouble else ()))
 
     def conf_in_place(self) -> None:
         """The runtime uses the plugin from now on: look at all pods once more, some may have started just before."""
-        if self._adopted:
+        if self.observation.adopted:
             for pod in self._pods.items():
-                self.observe(pod)
+                self.observation.observe(pod)
             self.verification.hurry()
 
     async def unenroll_all(self, seconds: float = LEAVE_SECONDS) -> tuple[str, ...]:
         """Take every pod of this node out of the mesh. Returns what was done as sentences; raises MeshCniError."""
-        if not self._adopted:
+        if not self.observation.adopted:
             raise EnrollmentError("the ambient pods of this node are not looked at yet", "try again in a moment")
         self.begin_to_leave()
         names = [record.name for record in self.records]
@@ -212,7 +181,7 @@ class Ambient:
                 netns.close()  # an ADD came in between
         if self.host.ready.is_set():
             await self._claim_addresses()
-        self._adopted = True
+        self.observation.adopted = True
         self.ztunnel.snapshot_ready.set()
         self.records.resume()
         enrolled = sum(record.actual.enrolled for record in self.records)
@@ -245,12 +214,20 @@ class Ambient:
 
     # --- what others tell ---------------------------------------------------------------------------------------------
 
+    def pod_changed(self, change: Change[Pod]) -> None:
+        """Take in a change of the informer of pods."""
+        self.observation.pod_changed(change)
+
+    def namespace_changed(self, change: Change[Namespace]) -> None:
+        """Take in a change of the informer of namespaces."""
+        self.observation.namespace_changed(change)
+
     async def add(self, pod: Pod, netns_fd: int, addresses: Addresses, netns_name: str, seconds: float) -> PodRecord:
         """Enrol a pod whose sandbox is being made; returns when rules are in and ztunnel has acknowledged.
 
         Raises MeshCniError when that does not come about within `seconds`; then nothing of ours stays in the sandbox.
         """
-        if self._leaving:
+        if self.observation.leaving:
             raise EnrollmentError("ambient mode is being removed from this node", "the conf entry goes next; try again")
         if self._closed:
             raise EnrollmentError("this agent is ending", "the runtime tries again, with the next agent")
@@ -259,7 +236,7 @@ class Ambient:
             record = PodRecord(pod, Intent.ENROLL, "add", actual=adopted(annotation_of(pod)))
             self.records.put(record)
         record.pod, record.intent, record.in_api, record.source = pod, Intent.ENROLL, True, "add"
-        self._read_parameters(record)
+        self.observation.read_parameters(record)
         if record.parameters_error is not None:
             raise record.parameters_error
         self._enter_sandbox(record, Netns(copy_netns(netns_fd), netns_name), frozenset(map(_unmapped, addresses)))
@@ -313,128 +290,6 @@ class Ambient:
                 record.error = record.error or EnrollmentError("enrolment took too long")
             self.records.wake(record)
 
-    def observe(self, pod: Pod) -> None:
-        """Take in what the API server says of a pod."""
-        record = self.records.get(pod.uid)
-        annotation = self._annotation(pod)
-        addresses, malformed = pod_addresses(pod)
-        verdict = decide(pod, self._namespaces.get("", pod.namespace), self.config.policy).verdict
-        intent = Intent.LEAVE if self._leaving else self._intent(verdict, record, annotation)
-        if record is None:
-            claimed = self.host.addresses_of(pod.uid)  # an agent before us had come that far, whatever it annotated
-            is_out = intent is Intent.LEAVE or pod.has_terminated or not addresses
-            if annotation is Annotation.ABSENT and is_out and not claimed:
-                return  # nothing of ours, or its ADD is still to come
-            belongs = bool(claimed) or (intent is Intent.ENROLL and not self._adopted)  # it may have been at work
-            actual = replace(adopted(annotation, belongs=belongs), addresses=claimed)
-            record = PodRecord(pod, intent, "informer" if self._adopted else "start", actual=actual)
-            self.records.put(record)
-        record.pod, record.intent, record.in_api = pod, intent, True
-        if malformed:
-            log.warning("pod %s has an address that is none: %s", pod.full_name, ", ".join(malformed)[:100])
-        if addresses:
-            self._take_addresses(record, frozenset(addresses))
-        if pod.has_terminated:
-            record.life = Life.ENDED
-        if version_of(pod) >= record.annotated_at:
-            record.actual = replace(record.actual, annotation=annotation)
-        self._read_parameters(record)
-        if record.parameters_error is not None and annotation is Annotation.ABSENT and not record.actual.enrolled:
-            record.actual = replace(record.actual, announced=False)  # refused: ztunnel need not hear of it
-        self.records.wake(record)
-
-    def _annotation(self, pod: Pod) -> Annotation:
-        """The pod's annotation; none where the informer shows it as it was before we took it away."""
-        if version_of(pod) < self._withdrawn.get(pod.uid, 0):
-            return Annotation.ABSENT
-        self._withdrawn.pop(pod.uid, None)
-        return annotation_of(pod)
-
-    def _intent(self, verdict: Verdict, record: PodRecord | None, annotation: Annotation) -> Intent:
-        """A pod that nothing is known about stays what it is."""
-        if verdict is not Verdict.ERROR:
-            return Intent.ENROLL if verdict is Verdict.AMBIENT else Intent.LEAVE
-        if record is not None:
-            return record.intent
-        return Intent.LEAVE if annotation is Annotation.ABSENT else Intent.ENROLL
-
-    def _take_addresses(self, record: PodRecord, addresses: frozenset[IPv4Address | IPv6Address]) -> None:
-        if addresses == record.outdated:
-            return
-        record.outdated = frozenset()
-        moved = bool(record.addresses) and record.addresses.isdisjoint(addresses)
-        record.addresses = addresses
-        if moved and record.life is Life.RUNNING:
-            self.verification.look_at(record)  # a new sandbox, perhaps made by a conf without us
-
-    def pod_changed(self, change: Change[Pod]) -> None:
-        """Take in a change of the informer of pods."""
-        self._metrics.count(m.RECONCILE_EVENTS, type=EVENT_TYPES[change.kind.value])
-        if change.old is not None and (change.new is None or change.new.uid != change.old.uid):
-            self.gone(change.old.uid)
-        if change.new is not None:
-            self.observe(change.new)
-
-    def namespace_changed(self, change: Change[Namespace]) -> None:
-        """Take in a change of the informer of namespaces: new labels may concern each of its pods."""
-        self._metrics.count(m.RECONCILE_EVENTS, type=EVENT_TYPES[change.kind.value])
-        if change.new is None or (change.old is not None and change.old.labels == change.new.labels):
-            return
-        if self._namespaces_known:  # else each pod is looked at once all are
-            for pod in self._pods.items():
-                if pod.namespace == change.new.name:
-                    self._observe_again(pod)
-
-    def _observe_again(self, pod: Pod) -> None:
-        """Look at a pod because of its namespace, which upstream counts as an event of the pod."""
-        self._metrics.count(m.RECONCILE_EVENTS, type="update")
-        self.observe(pod)
-
-    def gone(self, uid: str) -> None:
-        """The pod is no more."""
-        self._withdrawn.pop(uid, None)
-        record = self.records.get(uid)
-        if record is not None:
-            record.life, record.in_api = Life.ENDED, False
-            self.records.wake(record)
-
-    async def _is_deleted(self, record: PodRecord) -> bool:
-        """Whether the API server says that the pod is no more; a watch that stands still proves nothing."""
-        try:
-            pod = await self._api.get_pod(record.pod.namespace, record.pod.name)
-        except KubeError as error:
-            return error.status == 404
-        except PodSpecError:
-            return False
-        return pod.uid != record.uid
-
-    def _known_uids(self) -> set[str]:
-        """The pods that the informer has; one that an ADD made known may be deleted before the informer sees it."""
-        return {pod.uid for pod in self._pods.items()}
-
-    def _read_parameters(self, record: PodRecord) -> None:
-        """Parse the pod's overrides. An edit that makes no rules changes nothing for a pod that has some."""
-        pod = record.pod
-        try:
-            if not record.actual.enrolled:
-                refuse_sandboxed(pod, self.config.sandboxed_runtimes)
-            derived = derive_ambient(pod.annotations, self.config.defaults)
-        except PodSpecError as error:
-            if record.parameters is None:
-                known = record.parameters_error
-                if known is None or known.message != error.message:
-                    record.parameters_error = error
-            else:
-                log.warning("%s; the pod keeps its rules", error, extra=labels(pod=record.name))
-            return
-        record.parameters_error = None
-        if derived.parameters != record.parameters:
-            for warning in derived.warnings:
-                log.warning("%s", warning, extra=labels(pod=record.name))
-            record.edited = record.parameters is not None
-            record.parameters = derived.parameters
-            record.wanted_rules = digest(pod_ruleset(derived.parameters, self.config.families, self._backend))
-
     # --- ztunnel ------------------------------------------------------------------------------------------------------
 
     def _snapshot(self) -> Iterator[Workload]:
@@ -448,18 +303,8 @@ class Ambient:
 
     # --- book-keeping -------------------------------------------------------------------------------------------------
 
-    def _became_desired(self, record: PodRecord) -> None:
-        if not record.actual.enrolled or record.source == "add" or not record.milliseconds:
-            return  # an ADD has a line of its own; what was found in order needs none
-        phases = {f"{name}_ms": value for name, value in record.milliseconds.items()}
-        record.milliseconds.clear()
-        if Step.ADD.value + "_ms" in phases or Step.ENABLE.value + "_ms" in phases:
-            log.info("enrolled", extra=labels(pod=record.name, source=record.source, **phases))
-
     def _left(self, record: PodRecord) -> None:
-        if record.in_api and record.annotated_at:
-            self._withdrawn[record.uid] = record.annotated_at
-        log.info("left the mesh", extra=labels(pod=record.name, uid=record.uid))
+        self.observation.left(record)
 
     def measure(self) -> None:
         """Set the gauges."""
@@ -470,6 +315,15 @@ class Ambient:
         return ambientreport.status(self.records, self.host, self.ztunnel)
 
 
+def _became_desired(record: PodRecord) -> None:
+    if not record.actual.enrolled or record.source == "add" or not record.milliseconds:
+        return  # an ADD has a line of its own; what was found in order needs none
+    phases = {f"{name}_ms": value for name, value in record.milliseconds.items()}
+    record.milliseconds.clear()
+    if Step.ADD.value + "_ms" in phases or Step.ENABLE.value + "_ms" in phases:
+        log.info("enrolled", extra=labels(pod=record.name, source=record.source, **phases))
+
+
 def _unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return mapped or address
@@ -478,6 +332,3 @@ def _unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
 def _succeeded(waiter: asyncio.Future[None]) -> bool:
     """Whether the answer came in the moment in which the time ran out."""
     return waiter.done() and not waiter.cancelled() and waiter.exception() is None
-
-
-EVENT_TYPES = {"added": "add", "modified": "update", "deleted": "delete"}

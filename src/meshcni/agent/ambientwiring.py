@@ -6,7 +6,8 @@ import logging
 import os
 from ipaddress import IPv4Address, IPv6Address
 
-from meshcni.agent.ambient import Ambient, AmbientConfig, Namespaces, Pods
+from meshcni.agent.ambient import Ambient
+from meshcni.agent.ambientconfig import AmbientConfig, Namespaces, Pods
 from meshcni.agent.hostside import HostConfig, HostSide
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.netnssearch import NetnsSearch

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,28 +23,25 @@ from meshcni import __version__, istio
 from meshcni.agent import hostmounts, rundir, wiring
 from meshcni.agent import metrics as m
 from meshcni.agent.addserver import AddServer
+from meshcni.agent.ending import Ending
 from meshcni.agent.health import Heartbeat, endpoint
 from meshcni.agent.installer import Callbacks, Installer, InstallStatus
-from meshcni.agent.logs import labels
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.podadds import PodAdds
 from meshcni.agent.podlookup import PodLookup
 from meshcni.agent.prerequisites import Prerequisites
 from meshcni.agent.programming import Programmer
+from meshcni.agent.serving import Serving
 from meshcni.agent.settings import Settings
-from meshcni.agent.shutdown import Identity, decide_shutdown, gather
-from meshcni.agent.socketservices import MAX_EVENTS, EventService, LogService
+from meshcni.agent.socketservices import EventService, LogService
 from meshcni.agent.status import snapshot
-from meshcni.agent.web import JSON, MAX_CONNECTIONS, Request, Response, WebServer, listen_tcp
-from meshcni.cli.control import PURGE_QUERY, STATUS_PATH, UNINSTALL_PATH
-from meshcni.errors import MeshCniError, SettingError
+from meshcni.agent.web import JSON, Request, Response
+from meshcni.cli.control import STATUS_PATH, UNINSTALL_PATH
 from meshcni.host.capabilities import complaint, missing_capabilities
-from meshcni.host.sockets import OPEN_SOCKET_MODE, SOCKET_MODE, listen_seqpacket, listen_stream
 from meshcni.kube.client import NAMESPACES, PODS, KubeApi
 from meshcni.kube.events import EventRecorder
 from meshcni.kube.informer import Informer
 from meshcni.pods.model import Namespace, Pod, namespace_from_object, pod_from_object
-from meshcni.protocols.cmdadd import MAX_BODY_BYTES as MAX_EVENT_BYTES
 
 if TYPE_CHECKING:
     from meshcni.agent.ambient import Ambient
@@ -53,11 +50,9 @@ log = logging.getLogger(__name__)
 
 WORKER_THREADS = 4  # for blocking file work; programming has threads of its own
 GAUGE_SECONDS = 5.0
-MAX_LOG_BODY_BYTES = 1024 * 1024
-SHARE_OF_GRACE_TO_DECIDE = 0.6
+METRICS_PATH = "/metrics"
 DRAIN_SECONDS = 5.0
 AMBIENT_MOUNTS = (hostmounts.RUN, hostmounts.PROC, hostmounts.ZTUNNEL)  # without them no pod can be enrolled
-CLEANING_SECONDS = 3.0  # of the grace period, for the host's part after pods were un-enrolled
 
 
 class Agent:
@@ -80,6 +75,7 @@ class Agent:
             settings, self.api, [informer for informer in (self.pods, self.namespaces) if informer is not None]
         )
         self.sockets = rundir.SocketPaths()
+        self.serving = Serving(settings, self.metrics, self.sockets)
         self.installer = Installer(
             wiring.install_config(settings, plugin_log_level),
             Callbacks(
@@ -112,9 +108,19 @@ class Agent:
             environment=settings.rule_environment,
             enroll=self.ambient.add if self.ambient else None,
         )
-        self.add_server = AddServer(self.adds.handle, self._refusals("agent"))
+        self.add_server = AddServer(self.adds.handle, self.serving.refusals("agent"))
+        self.ending = Ending(
+            settings,
+            self.node,
+            self.api,
+            self.prerequisites,
+            self.sockets,
+            self.installer,
+            self.ambient,
+            self.pods.synced.is_set,
+            self._stop_installing,
+        )
         self.heartbeat = Heartbeat(settings.liveness_stale_seconds, lambda lag: self.metrics.set(m.EVENT_LOOP_LAG, lag))
-        self._servers: list[WebServer] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stopping = ""  # the signal that ends us
         self._conf_fights = 0  # counted so far
@@ -134,7 +140,7 @@ class Agent:
         try:
             await self._start()
             await self._end.wait()
-            return 1 if self._crashed else await self._end_gracefully()
+            return 1 if self._crashed else await self.ending.end()
         finally:
             await self._close()
 
@@ -143,14 +149,12 @@ class Agent:
         log.info("install-cni %s on node %s", __version__, self.node)
         for warning in wiring.warnings(settings):
             log.warning("%s", warning)
-        run_dir = Path(settings.cni_agent_run_dir)
         reachable = not self.prerequisites.lacks(hostmounts.RUN)
-        await self._serve_control(run_dir, needed=reachable)
+        await self._serve_control(needed=reachable)
         if reachable:
-            await self._serve_plugins(run_dir)
+            await self._serve_plugins()
         if self.ambient is not None and not self.prerequisites.lacks(*AMBIENT_MOUNTS):
-            ztunnel_socket = self._socket(_listen_to_ztunnel, Path(settings.ztunnel_uds_address), callable_by_us=False)
-            self._spawn("ztunnel", self.ambient.ztunnel.run(ztunnel_socket))
+            self._spawn("ztunnel", self.ambient.ztunnel.run(self.serving.ztunnel_listener()))
             self._spawn("ambient", self.ambient.run())
         await self._serve_tcp()
         self._spawn("prerequisites", self.prerequisites.run())
@@ -160,7 +164,7 @@ class Agent:
             self._spawn("namespaces", self.namespaces.run())
         self._spawn("heartbeat", self.heartbeat.run())
         self._spawn("gauges", self._gauges())
-        self._spawn("run-dir", self._look_after(run_dir / istio.PLUGIN_LOG_NAME))
+        self._spawn("run-dir", self._look_after(Path(settings.cni_agent_run_dir, istio.PLUGIN_LOG_NAME)))
         if reachable:
             self._prepare = asyncio.get_running_loop().create_task(self.programmer.prepare())
 
@@ -181,84 +185,25 @@ class Agent:
             self._crashed = True
             self._end.set()
 
-    async def _serve_control(self, run_dir: Path, *, needed: bool) -> None:
-        """Let `install-cni status` ask; whether it runs as root or as we do, it is a process of our container."""
-        try:
-            listener = self._socket(listen_stream, run_dir / istio.CONTROL_SOCKET_NAME)
-        except SettingError as error:
-            if needed:
-                raise
-            log.warning("install-cni status cannot ask: %s", error.message)  # a read-only root file system, most likely
-            return
-        routes = {STATUS_PATH: self._status, UNINSTALL_PATH: self._uninstall}
-        users = frozenset({0, os.geteuid()})
-        await self._serve(WebServer(routes, users=users, on_refused=self._refusals("control")), listener)
+    async def _serve_control(self, *, needed: bool) -> None:
+        await self.serving.control({STATUS_PATH: self._status, UNINSTALL_PATH: self.ending.uninstall}, needed=needed)
 
-    async def _serve_plugins(self, run_dir: Path) -> None:
+    async def _serve_plugins(self) -> None:
         """What plugins ask, ours and the original's."""
-        agent_socket = self._socket(listen_seqpacket, run_dir / istio.AGENT_SOCKET_NAME)
-        self._spawn("add-server", self.add_server.run(agent_socket))
-        logs = LogService(self.metrics)
+        self._spawn("add-server", self.add_server.run(self.serving.plugin_listener()))
         enroll = None
         if self.ambient is not None:
             from meshcni.agent.podevents import PodEvents
 
             enroll = PodEvents(self.lookup, wiring.policy(self.settings), self.ambient.add).handle
-        events = EventService(self.metrics, enroll)
-        for name, label, routes, limit, connections in (
-            (istio.LOG_SOCKET_NAME, "log", {istio.LOG_PATH: logs.handle}, MAX_LOG_BODY_BYTES, MAX_CONNECTIONS),
-            (istio.EVENT_SOCKET_NAME, "event", {istio.EVENT_PATH: events.handle}, MAX_EVENT_BYTES, MAX_EVENTS),
-        ):
-            server = WebServer(
-                routes,
-                max_body_bytes=limit,
-                max_connections=connections,
-                users=frozenset({0}),
-                on_refused=self._refusals(label),
-            )
-            await server.start(self._socket(listen_stream, run_dir / name))
-            self._servers.append(server)
+        await self.serving.originals_plugin(LogService(self.metrics), EventService(self.metrics, enroll))
 
     async def _serve_tcp(self) -> None:
-        """Health must be served, or nobody would notice; without metrics the agent still does its work."""
-        settings = self.settings
         health = {
             istio.READY_PATH: endpoint((self.not_ready,), self.prerequisites.yaml),
             istio.LIVE_PATH: endpoint((self.not_live,)),
         }
-        try:
-            listener = listen_tcp(settings.health_address, settings.health_port)
-        except OSError as error:
-            raise SettingError(
-                f"cannot serve health on {settings.health_address} port {settings.health_port}: {error}",
-                "free the port, or set HEALTH_PORT or HEALTH_ADDRESS and the probes of the pod with it",
-            ) from None
-        await self._serve(WebServer(health, on_refused=self._refusals("health")), listener)
-        if settings.monitoring_port <= 0:
-            return
-        try:
-            listener = listen_tcp(settings.monitoring_address, settings.monitoring_port)
-        except OSError as error:
-            log.error("no metrics: cannot listen on port %d: %s", settings.monitoring_port, error)
-            return
-        await self._serve(WebServer({"/metrics": self._exposition}, on_refused=self._refusals("metrics")), listener)
-
-    async def _serve(self, server: WebServer, listener: socket.socket) -> None:
-        await server.start(listener)
-        self._servers.append(server)
-
-    def _socket(
-        self, listen: Callable[[Path], socket.socket], path: Path, *, callable_by_us: bool = True
-    ) -> socket.socket:
-        try:
-            listener = listen(path)
-            self.sockets.add(path, callable_by_us=callable_by_us)
-            return listener
-        except OSError as error:
-            raise SettingError(
-                f"cannot listen on {path}: {error}",
-                "its directory (--cni-agent-run-dir, --ztunnel-uds-address) must be writable, and SELinux allow it",
-            ) from None
+        await self.serving.tcp(health, {METRICS_PATH: self._exposition})
 
     # --- ending -------------------------------------------------------------------------------------------------------
 
@@ -272,82 +217,18 @@ class Agent:
         self._stopping = name
         self._end.set()
 
-    async def _end_gracefully(self) -> int:
-        """Decide what stays on the node, clean up if so decided, finish ADDs under way."""
-        settings = self.settings
-        grace = settings.shutdown_grace_seconds
-        end = asyncio.get_running_loop().time() + grace
-        try:
-            async with asyncio.timeout(grace):
-                await self._stop_installing()
-                if self.prerequisites.lacks(hostmounts.CONF):
-                    log.info("at shutdown: keep: without mounts there is nothing that could be taken away")
-                    return 0
-                if self.sockets.taken():
-                    log.info("at shutdown: keep: another agent serves this node, what is installed is its own now")
-                    return 0
-                evidence = await gather(
-                    self.api if settings.kubernetes_service_host else None,
-                    Identity(settings.pod_namespace, settings.pod_name, self.node, self.pods.synced.is_set()),
-                    ambient=settings.ambient_enabled,
-                    safe_upgrade_disabled=settings.cleans_up_always,
-                    deadline_seconds=grace * SHARE_OF_GRACE_TO_DECIDE,
-                )
-                decision = decide_shutdown(evidence)
-                log.info("at shutdown: %s: %s", decision.outcome.value, decision.why, extra=labels(row=decision.row))
-                if decision.clean_up:
-                    await self._take_files(purge=False)
-                    if settings.ambient_unenroll_on_uninstall:
-                        await self._unenroll_in_time(end - CLEANING_SECONDS)
-                    await self._take_host()
-        except TimeoutError:
-            log.error("not done within the %s s of SHUTDOWN_GRACE_SECONDS; what is still there stays", grace)
-            return 1
-        except MeshCniError as error:
-            log.error("cleaning up failed: %s", error)
-            return 1
-        return 0
-
     async def _stop_installing(self) -> None:
-        """Write nothing any more: when our pod was deleted by force, a successor is already at work on this node."""
+        """Write no files any more."""
         task = self._tasks.pop("installer", None)
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def _take_files(self, *, purge: bool) -> tuple[str, ...]:
-        """Stop installing and remove what was installed. Returns what was done as sentences."""
-        await self._stop_installing()
-        return _said(await self.installer.uninstall(purge=purge))
-
-    async def _unenroll_in_time(self, end: float) -> None:
-        """Take pods out of the mesh until then. Those that are not out stay captured; the rest is removed all the same.
-
-        A node that kept our conf because of one pod would start no other one any more.
-        """
-        if self.ambient is None:
-            return
-        try:
-            async with asyncio.timeout_at(end):
-                _said(await self.ambient.unenroll_all())
-        except TimeoutError:
-            log.error("no time is left to un-enrol %s", ", ".join(record.name for record in self.ambient.records))
-        except MeshCniError as error:
-            log.error("%s", error)
-
-    async def _take_host(self) -> tuple[str, ...]:
-        """Remove the host's part of ambient mode, if there is one. Returns what was done as sentences."""
-        if self.ambient is None:
-            return ()
-        await self.ambient.host.remove_all()
-        return _said(("removed the host's probe rules and sets",))
-
     async def _close(self) -> None:
         accepting = self._tasks.get("add-server")
         if accepting is not None:
             accepting.cancel()
-        requests = [server.drain(DRAIN_SECONDS) for server in self._servers]
-        late, *_ = await asyncio.gather(self.add_server.drain(DRAIN_SECONDS), *requests)
+        late, _ = await asyncio.gather(self.add_server.drain(DRAIN_SECONDS), self.serving.drain(DRAIN_SECONDS))
         if late:
             log.error("%d ADDs were cut short", late)
         for task in self._tasks.values():
@@ -355,8 +236,7 @@ class Agent:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         if self.ambient is not None:
             await self.ambient.close()
-        for server in self._servers:
-            await server.close()
+        await self.serving.close()
         await self.events.close()
         await self.api.close()
 
@@ -411,24 +291,7 @@ class Agent:
         )
         return Response(200, json.dumps(document, default=str).encode() + b"\n", JSON)
 
-    async def _uninstall(self, request: Request) -> Response:
-        """Take everything away on purpose and stay: the pod's end is somebody else's business."""
-        if request.method != "POST":
-            return Response(405, b"POST uninstalls\n")
-        if self.prerequisites.lacks(hostmounts.CONF, hostmounts.RUN):
-            return Response(500, "\n".join((*self.prerequisites.reasons(), self.prerequisites.yaml())).encode())
-        try:
-            left = _said(await self.ambient.unenroll_all()) if self.ambient is not None else ()
-            files = await self._take_files(purge=request.query == PURGE_QUERY)
-            done = (*left, *files, *await self._take_host())
-        except MeshCniError as error:
-            return Response(500, f"{error}\n".encode())
-        return Response(200, json.dumps({"done": list(done)}).encode() + b"\n", JSON)
-
     # --- metrics ------------------------------------------------------------------------------------------------------
-
-    def _refusals(self, name: str) -> Callable[[str], None]:
-        return lambda cause: self.metrics.count(m.REFUSED, socket=name, cause=cause)
 
     def _install_changed(self, status: InstallStatus) -> None:
         self.metrics.set(m.INSTALL_READY, status.ready)
@@ -484,15 +347,3 @@ class Agent:
                 gc.collect()
                 gc.freeze()
                 self._frozen = True
-
-
-def _listen_to_ztunnel(path: Path) -> socket.socket:
-    """Istio's chart runs ztunnel as root without DAC_OVERRIDE: it may only call what is root's or everybody's."""
-    return listen_seqpacket(path, OPEN_SOCKET_MODE if os.geteuid() else SOCKET_MODE)
-
-
-def _said(sentences: tuple[str, ...]) -> tuple[str, ...]:
-    """The same sentences, once they are logged."""
-    for sentence in sentences:
-        log.info("%s", sentence)
-    return sentences
