@@ -49,7 +49,8 @@ class Node:
     `netns` is the path of the node's own netns (loopback only, no default route) as seen from outside.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
+        self._chosen_name = name  # begins with PREFIX and is nobody else's; made up when empty
         self.name = ""
         self.folder = Path()
         self.pid = 0
@@ -59,20 +60,24 @@ class Node:
         self._doorway: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
-        reason = missing_requirements()
-        if reason:
-            raise LabUnavailableError(reason)
-        self.name = f"{PREFIX}{secrets.token_hex(4)}"  # also the node's host name
-        self.folder = Path(tempfile.gettempdir()) / self.name
-        self.folder.mkdir(mode=0o755)
-        (self.folder / "log").mkdir()
-        (self.folder / "owner").write_text(f"{os.getpid()} {start_ticks(os.getpid())}")
+        self.prepare()
         try:
             self._start()
         except BaseException:
             self.close()
             raise
         return self
+
+    def prepare(self) -> None:
+        """Make the node's folder; nothing runs yet. LabUnavailableError when no node can run here."""
+        reason = missing_requirements()
+        if reason:
+            raise LabUnavailableError(reason)
+        self.name = self._chosen_name or made_up_name()  # also the node's host name
+        self.folder = Path(tempfile.gettempdir()) / self.name
+        self.folder.mkdir(mode=0o755)
+        (self.folder / "log").mkdir()
+        (self.folder / "owner").write_text(f"{os.getpid()} {start_ticks(os.getpid())}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -170,6 +175,13 @@ class Node:
 
     def close(self) -> None:
         """End every process of the node and remove its folder and cgroups; safe to call twice."""
+        self.end_processes()
+        if self.name:
+            remove_leftovers(self.name, self.folder)
+            self.name = ""
+
+    def end_processes(self) -> None:
+        """End every process of the node, and with them its mounts, netns and interfaces; the folder stays."""
         if self._doorway is not None:
             self._doorway.shutdown(wait=True)
             self._doorway = None
@@ -179,14 +191,16 @@ class Node:
             for process in self._processes:
                 process.wait(STOP_SECONDS)
             self._outer, self._processes = None, []
-        if self.name:
-            remove_leftovers(self.name, self.folder)
-            self.name = ""
+
+    def init_arguments(self) -> list[str]:
+        """Return what init.sh is told beside the name: a script that covers more of the host, and its arguments."""
+        return []
 
     def _start(self) -> None:
         # If this process dies, even by SIGKILL, unshare gets SIGKILL, then process 1, then the kernel ends the rest.
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--net", "--pid", "--ipc", "--uts"]
         command += ["--fork", "--kill-child", "--mount-proc", str(HERE / "init.sh"), self.name]
+        command += self.init_arguments()
         with self.log_path("init").open("wb") as errors:
             self._outer = subprocess.Popen(
                 command,
@@ -217,6 +231,11 @@ class Node:
         if netns == self.netns:
             return "/proc/1/ns/net"
         return netns.removeprefix(f"/proc/{self.pid}/root")
+
+
+def made_up_name() -> str:
+    """Return a name for a node by which `lab.clean` knows what is left of it."""
+    return f"{PREFIX}{secrets.token_hex(4)}"
 
 
 def missing_requirements() -> str:

@@ -1,0 +1,22 @@
+# Read by lab/init.sh in a Kubernetes node: covers with the node's own disk what daemons and pods write in.
+#   node.sh DISK HYPERKUBE CHECKOUT
+# The last two are shown below /run/lab, because their own place may be covered.
+touch /run/lab/hyperkube
+mount --bind "$2" /run/lab/hyperkube
+mkdir /run/lab/checkout
+mount --bind "$3" /run/lab/checkout
+mount -o remount,bind,ro /run/lab/checkout
+for covered in etc opt var; do mount --bind "$1/$covered" "/$covered"; done
+mount --bind /run/netns /run/netns
+# The kubelet writes these settings of the whole machine unless they have its value: it is shown files that do.
+mkdir /run/lab/sysctl
+for setting in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 \
+    kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000; do
+    shown=/run/lab/sysctl/$(tr / . <<< "${setting%=*}")
+    echo "${setting#*=}" > "$shown"
+    mount --bind "$shown" "/proc/sys/${setting%=*}"
+done
+# Services need the packets between two pods of one bridge to pass the node's rules.
+for setting in /proc/sys/net/bridge/bridge-nf-call-iptables /proc/sys/net/bridge/bridge-nf-call-ip6tables; do
+    [ ! -e "$setting" ] || echo 1 > "$setting"
+done
