@@ -32,15 +32,17 @@ What somebody wrote for this release thus always wins over a file of the chart.
 
 {{/*
 Puts the map `by` over the map `on`, in place. Unlike mergeOverwrite it knows false, 0, "" and [] from nothing said.
-A null empties a value; over a map it says nothing.
+A null says nothing, but over a list: that it empties.
 */}}
 {{- define "istio-cni.overlay" -}}
 {{- range $key, $value := .by }}
 {{- $old := get $.on $key }}
 {{- if and (kindIs "map" $value) (kindIs "map" $old) }}
 {{- include "istio-cni.overlay" (dict "on" $old "by" $value) }}
-{{- else if not (and (kindIs "invalid" $value) (kindIs "map" $old)) }}
+{{- else if not (kindIs "invalid" $value) }}
 {{- $_ := set $.on $key $value }}
+{{- else if kindIs "slice" $old }}
+{{- $_ := set $.on $key list }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -76,8 +78,5 @@ A null empties a value; over a map it says nothing.
 {{- if not (or (has (toString $rolling.maxSurge) (list "" "0" "0%" "<nil>")) (has (toString $rolling.maxUnavailable) (list "" "0" "0%" "<nil>"))) }}
 {{- fail "istio-cni: updateStrategy.rollingUpdate: with maxSurge, maxUnavailable must be 0 (it is 1 by default)" }}
 {{- end }}
-{{- end }}
-{{- if and (eq .provider "multus") .chained }}
-{{- fail "istio-cni: provider multus needs chained: false and a cniConfFileName, such as istio-cni.conf, which the NetworkAttachmentDefinition stands for" }}
 {{- end }}
 {{- end }}
