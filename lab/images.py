@@ -1,4 +1,4 @@
-"""The one image a sandbox needs: a static `pause`, compiled here and wrapped as an OCI archive, kept in build/lab."""
+"""Images of one static program, compiled here, wrapped as OCI archives, kept in build/lab; each sandbox has `pause`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import platform
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -18,15 +19,20 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 def pause_archive() -> Path:
     """Return the OCI archive of the pause image, made when there is none yet or its source is newer."""
-    source, archive = HERE / "pause.c", BUILD / "pause.tar"
+    return static_archive(PAUSE_IMAGE, HERE / "pause.c")
+
+
+def static_archive(name: str, source: Path) -> Path:
+    """Return the OCI archive of the image `name` with the program of a C source as its only file and entry point."""
+    archive = BUILD / f"{source.stem}.tar"
     if archive.exists() and archive.stat().st_mtime > source.stat().st_mtime:
         return archive
     BUILD.mkdir(parents=True, exist_ok=True)
-    program = BUILD / "pause"
-    subprocess.run(["gcc", "-Os", "-static", "-s", "-o", program, source], check=True)
-    partial = archive.with_suffix(".partial")
-    partial.write_bytes(oci_archive(PAUSE_IMAGE, {"pause": program.read_bytes()}, ["/pause"]))
-    partial.rename(archive)
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:  # somebody else may be at it too
+        program, partial = Path(folder) / source.stem, Path(folder) / archive.name
+        subprocess.run(["gcc", "-Os", "-static", "-s", "-o", program, source], check=True)
+        partial.write_bytes(oci_archive(name, {source.stem: program.read_bytes()}, [f"/{source.stem}"]))
+        partial.rename(archive)
     return archive
 
 

@@ -20,9 +20,11 @@ No node has a default route: a connection to `addresses.NOWHERE_V4` fails at onc
 pod's netns redirect it. There is no DNS: use addresses.
 """
 
+from lab.cluster import workloads
 from lab.cluster.binaries import missing_binaries
+from lab.cluster.capture import Captured
 from lab.cluster.client import ApiClient, ApiError
 from lab.cluster.cluster import Cluster
 from lab.cluster.kubenode import KubeNode
 
-__all__ = ["ApiClient", "ApiError", "Cluster", "KubeNode", "missing_binaries"]
+__all__ = ["ApiClient", "ApiError", "Captured", "Cluster", "KubeNode", "missing_binaries", "workloads"]

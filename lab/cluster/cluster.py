@@ -10,7 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from lab.cluster import workloads
 from lab.cluster.binaries import helm, hyperkube, missing_binaries
+from lab.cluster.capture import Captured, capture
 from lab.cluster.client import ApiClient, ApiError, objects_in, ready
 from lab.cluster.controlplane import TOLERATION_SECONDS, ControlPlane
 from lab.cluster.kubenode import KubeNode
@@ -138,11 +140,17 @@ class Cluster:
         where = f"/api/v1/namespaces/{namespace}/pods" if namespace else "/api/v1/pods"
         return self.api.list(where, labels=labels)
 
-    def delete_pod(self, namespace: str, name: str, *, grace_seconds: int | None = 0, wait: bool = True) -> None:
+    def delete_pod(self, namespace: str, name: str, *, grace_seconds: int | None = None, wait: bool = True) -> None:
         """Delete a pod and, with `wait`, return when it is gone."""
         self.api.delete(pod_path(namespace, name), grace_seconds=grace_seconds)
         if wait:
             self.wait(f"pod {namespace}/{name} is gone", lambda: self.api.find(pod_path(namespace, name)) is None)
+
+    def delete_namespace(self, name: str) -> None:
+        """Delete a namespace with all in it and return when it is gone."""
+        path = f"/api/v1/namespaces/{name}"
+        self.api.delete(path)
+        self.wait(f"namespace {name} is gone", lambda: self.api.find(path) is None)
 
     def node_of(self, pod: Mapping[str, Any]) -> KubeNode:
         """Return the node that a pod runs on."""
@@ -251,6 +259,10 @@ class Cluster:
             lines += [f"  {event['reason']}: {event.get('message', '')}" for event in events[-5:]]
         return "\n".join(lines)
 
+    def capture(self, pod: Mapping[str, Any]) -> Captured:
+        """Look into a running pod's netns: is its traffic redirected?"""
+        return capture(self.pod_netns(pod))
+
     # --- the API server -----------------------------------------------------------------------------------------------
 
     def stop_api_server(self, number: signal.Signals = signal.SIGKILL) -> None:
@@ -297,7 +309,7 @@ class Cluster:
 
     def first_images(self) -> list[Path]:
         """Return the archives that every node has from its first start on."""
-        return [pause_archive()]
+        return [pause_archive(), workloads.archive()]
 
     def _enter(self, node: ControlPlane | KubeNode) -> None:
         self._entered.append(node)

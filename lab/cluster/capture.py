@@ -1,0 +1,104 @@
+"""Whether a pod's traffic is redirected, judged by what happens to a connection, not by looking at rules."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lab import namespaces
+from lab.cluster.addresses import NOWHERE_V4, NOWHERE_V6
+from meshcni import istio
+
+PORT = 80  # of an address to which no node has a route
+PATIENCE_SECONDS = 5.0
+NO_ROUTE = {errno.EHOSTUNREACH, errno.ENETUNREACH}
+LEGACY_TABLES = ("ip_tables_names", "ip6_tables_names")
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What was found in a pod's netns.
+
+    `v4`, `v6`: whether an outbound connection to nowhere is led somewhere else (to be taken or refused there).
+    `tunnel`: whether ztunnel listens for HBONE inside. `tables`: the tables of rules there, such as `inet istio…`.
+    """
+
+    v4: bool
+    v6: bool
+    tunnel: bool
+    tables: tuple[str, ...] = ()
+
+    @property
+    def both(self) -> bool:
+        """Whether both families are redirected."""
+        return self.v4 and self.v6
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing at all of a mesh is in the netns."""
+        return not (self.v4 or self.v6 or self.tunnel or self.tables)
+
+
+def capture(netns: str) -> Captured:
+    """Look at the netns at a path."""
+
+    def work() -> Captured:
+        return Captured(
+            v4=is_redirected(NOWHERE_V4),
+            v6=is_redirected(NOWHERE_V6),
+            tunnel=listens(istio.ZTUNNEL_INBOUND_PORT),
+            tables=tables(),
+        )
+
+    return namespaces.call_in_netns(netns, work)
+
+
+def is_redirected(address: str) -> bool:
+    """Tell, in the calling thread's netns, whether a connection to an address without a route ends elsewhere.
+
+    OSError when it does neither: then something drops packets.
+    """
+    with socket.socket(namespaces.family_of(address), socket.SOCK_STREAM) as made:
+        made.settimeout(PATIENCE_SECONDS)
+        number = made.connect_ex((address, PORT))
+    if number in NO_ROUTE:
+        return False
+    if number in (0, errno.ECONNREFUSED, errno.ECONNRESET):
+        return True
+    raise OSError(number, f"a connection to {address} is neither redirected nor without route")
+
+
+def listens(port: int) -> bool:
+    """Tell, in the calling thread's netns, whether somebody listens on a TCP port, without connecting."""
+    output = subprocess.run(["ss", "-Hltn", f"sport = :{port}"], capture_output=True, text=True, check=True).stdout
+    return bool(output.strip())
+
+
+def tables() -> tuple[str, ...]:
+    """Return the tables of rules in the calling thread's netns: nftables' (iptables-nft is there too), and legacy ones.
+
+    The name of a legacy table is given only if it has rules or chains of somebody's.
+    """
+    listed = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
+    found = [line.removeprefix("table ") for line in listed.splitlines() if line.startswith("table ")]
+    for name in LEGACY_TABLES:
+        found += legacy_tables(name)
+    return tuple(found)
+
+
+def legacy_tables(name: str, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> list[str]:
+    """Return the non-empty legacy tables of a family; /proc of this thread names those of its own netns."""
+    try:
+        with open(f"/proc/thread-self/net/{name}", encoding="ascii") as file:
+            names = file.read().split()
+    except FileNotFoundError:
+        return []
+    if not names:
+        return []
+    program = "iptables-legacy-save" if name == LEGACY_TABLES[0] else "ip6tables-legacy-save"
+    saved = run([program], capture_output=True, text=True, check=True).stdout
+    used = any(line.startswith("-A") for line in saved.splitlines())
+    return [f"{program.partition('-')[0]} {each}" for each in names] if used else []
