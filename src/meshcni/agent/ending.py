@@ -66,8 +66,7 @@ class Ending:
         if self.prerequisites.lacks(hostmounts.CONF):
             log.info("at shutdown: keep: without mounts there is nothing that could be taken away")
             return
-        if self.sockets.taken():
-            log.info("at shutdown: keep: another agent serves this node, what is installed is its own now")
+        if self._is_succeeded():
             return
         evidence = await gather(
             self.api if settings.kubernetes_service_host else None,
@@ -78,9 +77,21 @@ class Ending:
         )
         decision = decide_shutdown(evidence)
         log.info("at shutdown: %s: %s", decision.outcome.value, decision.why, extra=labels(row=decision.row))
-        if decision.clean_up:
+        if decision.clean_up and not self._is_succeeded():  # it may have started while we asked
+            await self._take_all(end)
+
+    def _is_succeeded(self) -> bool:
+        taken = self.sockets.taken()
+        if taken:
+            log.info("at shutdown: keep: another agent serves this node, what is installed is its own now")
+        return taken
+
+    async def _take_all(self, end: float) -> None:
+        """Files, pods and the host's part; none of them stays because another one does."""
+        try:
             await self._take_files(purge=False)
-            if settings.ambient_unenroll_on_uninstall:
+        finally:
+            if self.settings.ambient_unenroll_on_uninstall:
                 await self._unenroll_in_time(end - CLEANING_SECONDS)
             await self._take_host()
 

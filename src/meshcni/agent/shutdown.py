@@ -26,6 +26,9 @@ PERSISTENCE_SECONDS = 3.0  # an API server that has just restarted answers 403 t
 SETTLE_SECONDS = 3.0  # an uninstall marks the pods of a DaemonSet one after the other
 PAUSE_SECONDS = 0.5
 SILENT_ROUNDS = 3  # without any answer
+# The API server takes the token of an account that was deleted for ten seconds more, and forbids it everything: an agent
+# to which nothing else has ever been said waits for the 401 that follows.
+REMEMBERED_SECONDS = 11.0
 
 
 class Outcome(Enum):
@@ -65,6 +68,7 @@ class Evidence:
     safe_upgrade_disabled: bool = False
     own: AgentPod | None = None
     siblings: tuple[AgentPod, ...] = ()
+    refused: bool = False  # everything, and it never was otherwise
     detail: str = ""  # what was seen, for people
 
     @property
@@ -101,6 +105,10 @@ class Row:
     why: str
 
 
+WAY_OUT = (
+    f"if no agent is to come back to this node, '{istio.AGENT_NAME} uninstall' there takes everything away, and a file "
+    f"'{istio.UNINSTALLED_MARKER_NAME}' in the run directory lets pods pass until then"
+)
 # The first row that applies decides; docs/shutdown.md explains them to people.
 TABLE = (
     Row("0", lambda e: e.safe_upgrade_disabled, Outcome.CLEAN_UP, "DISABLE_SAFE_UPGRADE is set"),
@@ -108,7 +116,7 @@ TABLE = (
         "1", lambda e: e.answer in (Answer.GONE, Answer.EXCLUDES_NODE), Outcome.CLEAN_UP, "the DaemonSet left this node"
     ),
     Row("2", lambda e: e.answer is Answer.FOUND, Outcome.KEEP, "the DaemonSet is still there: an upgrade or a restart"),
-    Row("3", lambda e: e.answer is Answer.NONE, Outcome.KEEP, "the API server gave no usable answer"),
+    Row("3", lambda e: e.answer is Answer.NONE, Outcome.KEEP, f"the API server gave no usable answer; {WAY_OUT}"),
     Row(
         "4",
         lambda e: e.answer is Answer.WITHDRAWN,
@@ -217,12 +225,15 @@ UNSETTLED = Uncertain(SETTLE_SECONDS)
 SILENT = Uncertain(float("inf"), SILENT_ROUNDS)
 # A starting API server can refuse the first question of a look and answer the second: one more look tells.
 REFUSED_ONCE = Uncertain(float("inf"), 2)
+REFUSED_ALWAYS = Uncertain(REMEMBERED_SECONDS)
 
 
 def _uncertain_kind(seen: Evidence) -> Uncertain | None:
     """None when the answer can be believed at once."""
     if seen.answer is Answer.FORBIDDEN:
         return UNSETTLED if decide_shutdown(seen).row == "5b" else REFUSED_ONCE
+    if seen.answer is Answer.NONE and seen.refused:
+        return REFUSED_ALWAYS
     return {Answer.WITHDRAWN: WITHDRAWN, Answer.NONE: SILENT}.get(seen.answer)
 
 
@@ -259,8 +270,9 @@ async def _without_daemonset(api: Api, identity: Identity, start: Evidence, erro
         async with asyncio.timeout(CALL_SECONDS):
             found = await api.list_objects("", "v1", "pods", identity.namespace, label_selector=f"{label}={value}")
     except (KubeError, TimeoutError) as list_error:
-        refused = _status(list_error) in (401, 403) and identity.worked_before
-        return replace(start, answer=Answer.WITHDRAWN if refused else Answer.NONE, detail=_words(list_error))
+        refused = _status(list_error) in (401, 403)
+        answer = Answer.WITHDRAWN if refused and identity.worked_before else Answer.NONE
+        return replace(start, answer=answer, refused=refused, detail=_words(list_error))
     pods = [_agent_pod(item) for item in found if item.get("status", {}).get("phase") not in ("Succeeded", "Failed")]
     own = next((pod for pod in pods if pod.name == identity.pod_name), None)
     siblings = tuple(pod for pod in pods if pod.name != identity.pod_name)
