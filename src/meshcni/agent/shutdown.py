@@ -26,7 +26,7 @@ PERSISTENCE_SECONDS = 3.0  # an API server that has just restarted answers 403 t
 SETTLE_SECONDS = 3.0  # an uninstall marks the pods of a DaemonSet one after the other
 PAUSE_SECONDS = 0.5
 SILENT_ROUNDS = 3  # without any answer
-# The API server takes the token of an account that was deleted for ten seconds more, and forbids it everything: an agent
+# The API server takes the token of a deleted account for ten seconds more, and forbids it everything: an agent
 # to which nothing else has ever been said waits for the 401 that follows.
 REMEMBERED_SECONDS = 11.0
 
