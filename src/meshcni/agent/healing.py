@@ -8,7 +8,7 @@ addresses, never the host's or ours, and the pod is a sidecar pod by the same de
 from __future__ import annotations
 
 import asyncio
-import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,13 +36,12 @@ from meshcni.pods.enrollment import NetnsId
 from meshcni.pods.model import NO_PAIRS, Pod, pod_addresses
 from meshcni.pods.podidentity import uids_of
 
-log = logging.getLogger(__name__)
-
 NOT_A_SIDECAR = "not-a-sidecar"  # codes of NotHealed beside those of host.podnetns.Refused
 BAD_PARAMETERS = "bad-parameters"
 CLAIMED_TWICE = "claimed-twice"
+OTHER_NODE = "other-node"
 NOT_PROGRAMMED = "not-programmed"
-LASTING = frozenset({NOT_A_SIDECAR, BAD_PARAMETERS, SANDBOXED, HOST_NETNS})
+LASTING = frozenset({NOT_A_SIDECAR, BAD_PARAMETERS, OTHER_NODE, SANDBOXED, HOST_NETNS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,8 @@ class NotHealed:
     """Why the pod's netns was not mended: `code` for machines, `text` and `hint` for people.
 
     Codes: those of `host.podnetns.Refused`; not-a-sidecar: it is to be left alone; bad-parameters: an annotation is
-    invalid; claimed-twice: another pod has the same address; not-programmed: the kernel or a tool refused.
+    invalid; claimed-twice: another pod has the same address; other-node: it is not on this node; not-programmed: the
+    kernel or a tool refused.
     """
 
     code: str
@@ -104,7 +104,7 @@ class Healer:
 
     `find` looks pods up by their processes (NetnsFinder), `find_bound` those without one by the runtime's netns files
     (BoundNetns); both block. `never` are paths of namespaces that are no pod's. `everybody` gives all pods that the
-    agent knows, to tell whether two claim one address.
+    agent knows, to tell whether two claim one address. `node` is this one's name, empty when it is not known.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class Healer:
         environment: Mapping[str, str] = NO_PAIRS,
         everybody: Callable[[], Iterable[Pod]] = tuple,
         never: tuple[str, ...] = OTHERS_NETNS,
+        node: str = "",
     ) -> None:
         self._programmer = programmer
         self._find = find
@@ -125,6 +126,7 @@ class Healer:
         self._environment = environment
         self._everybody = everybody
         self._never = never
+        self._node = node
 
     async def heal(self, pod: Pod, netns: Netns | None = None) -> Healed | NotHealed:
         """Put the pod's rules in place. Never raises for anything about the pod.
@@ -153,7 +155,11 @@ class Healer:
         results = await self._search(self._find, wanted)
         absent = {uid: wanted[uid] for uid, one in results.items() if _is_absent(one)}
         if absent and self._find_bound is not None:
-            results |= await self._search_bound(self._find_bound, absent, results)
+            try:
+                results |= await self._search_bound(self._find_bound, absent, results)
+            except BaseException:
+                _close(results)
+                raise
         return refusals | {uid: _netns_of(result) for uid, result in results.items()}
 
     def assess(self, pod: Pod) -> Assessment:
@@ -197,6 +203,9 @@ class Healer:
         return Healed(netns.id, mended.drift, mended.variant)
 
     def _mending(self, pod: Pod) -> Mending:
+        if self._node and pod.node_name not in ("", self._node):
+            text = f"it runs on node {pod.node_name}, and this is {self._node}"
+            raise _RefusedError(NotHealed(OTHER_NODE, text))
         assessment = self.assess(pod)
         decision = assessment.decision
         if assessment.error is not None:
@@ -215,8 +224,12 @@ class Healer:
     async def _search(self, find: Find, wanted: Mapping[str, Wanted]) -> dict[str, Found | Refused]:
         if not wanted:
             return {}
+        walk = asyncio.ensure_future(asyncio.to_thread(find, wanted))
         try:
-            return await asyncio.to_thread(find, wanted)
+            return await asyncio.shield(walk)
+        except asyncio.CancelledError:
+            walk.add_done_callback(_close_found)  # the thread goes on, and what it finds is nobody's
+            raise
         except (MeshCniError, OSError) as error:
             return dict.fromkeys(wanted, Refused(UNREADABLE, f"the host's processes cannot be walked: {error}"))
 
@@ -261,6 +274,17 @@ def _wanted(pod: Pod) -> Wanted:
         text = "it has no address yet, by which its network namespace could be recognised"
         raise _RefusedError(NotHealed(NO_ADDRESS, text, "the kubelet tells the address once the sandbox runs"))
     return Wanted(uids_of(pod), good, pod.container_ids)
+
+
+def _close_found(walk: asyncio.Future[dict[str, Found | Refused]]) -> None:
+    if not walk.cancelled() and walk.exception() is None:
+        _close(walk.result())
+
+
+def _close(results: Mapping[str, Found | Refused]) -> None:
+    for result in results.values():
+        if isinstance(result, Found):
+            os.close(result.descriptor)
 
 
 def _is_absent(result: Found | Refused) -> bool:

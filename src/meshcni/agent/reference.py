@@ -16,7 +16,7 @@ from meshcni.agent.netnssearch import NetnsNotFoundError
 from meshcni.agent.podadds import AGENT_REASONS, AddRefusedError
 from meshcni.agent.privileges import EXIT_STATUS, PrivilegesError
 from meshcni.agent.reconciler import EnrollmentError
-from meshcni.agent.settings import ROWS, Effect, Section
+from meshcni.agent.settings import ROWS, Section
 from meshcni.agent.steps import SandboxGoneError
 from meshcni.errors import MeshCniError
 from meshcni.host.backends.libnftables import NftUnavailableError
@@ -107,13 +107,12 @@ def _settings() -> Iterator[str]:
         for row in ROWS:
             if row.section is section:
                 names = [f"--{row.flag}"] if row.flag else []
-                meaning = row.meaning + (f" ({row.effect.value})" if row.effect is Effect.CHECKED else "")
                 rows.append(
                     (
                         ", ".join(_code(name) for name in (*names, *row.variables)),
                         row.kind.name,
                         _code(row.kind.show(row.default)),
-                        ("*ours:* " if row.ours else "") + meaning,
+                        ("*ours:* " if row.ours else "") + row.meaning,
                     )
                 )
         yield from _table(("flag and variables", "kind", "default", "meaning"), rows)

@@ -18,6 +18,7 @@ from meshcni.pods.ambientsettings import (
     read_runtime_patterns,
 )
 from meshcni.pods.selectors import EnablementSelector, parse_enablement_selectors
+from meshcni.pods.selectorsyntax import parse_field_text, parse_label_text
 from meshcni.pods.values import read_group_selection, read_id_ranges, read_loopback
 
 LEVELS = ("debug", "info", "warn", "error", "fatal", "none")  # pkg/log/options.go
@@ -180,6 +181,8 @@ DIRECTORY = Kind("directory", "an absolute path", _directory)
 SOCKET = Kind("socket", f"an absolute path of at most {MAX_SOCKET_PATH_BYTES} bytes", _socket_path)
 FILE_NAME = Kind("file name", "a file name without path", _file_name)
 CONFLIST_NAME = Kind("file name", "a file name without path that ends in .conflist", _conflist_name)
+LABEL_SELECTOR = _checked("label selector", "a label selector, such as app=web,tier notin (a, b)", parse_label_text)
+FIELD_SELECTOR = _checked("field selector", "a field selector of pods, such as metadata.namespace!=x", parse_field_text)
 LOOPBACK = _checked("prefix", "a prefix within 127.0.0.0/8, such as 127.0.0.1/32", read_loopback)
 GROUPS = _checked("groups", "* or group ids like 202,1000-1999", read_group_selection)
 GROUPS_EXCLUDED = _checked("groups", "group ids like 202,1000-1999", read_id_ranges)

@@ -18,11 +18,13 @@ from meshcni.agent.settingkinds import (
     BOOLEAN,
     CONFLIST_NAME,
     DIRECTORY,
+    FIELD_SELECTOR,
     FILE_MODE,
     FILE_NAME,
     GROUPS,
     GROUPS_EXCLUDED,
     INTEGER,
+    LABEL_SELECTOR,
     LOG_LEVELS,
     LOOPBACK,
     NAMES,
@@ -53,7 +55,6 @@ class Effect(Enum):
     """What a setting does in this version."""
 
     ACTS = "acts"
-    CHECKED = "checked, acts with repair"
     IGNORED = "accepted and ignored"
 
 
@@ -106,7 +107,6 @@ def _setting(
 
 
 INSTALL, PODS, CLUSTER, SERVING, LOGGING, SHUTDOWN, AMBIENT, REPAIR, UNUSED = Section
-LATER = Effect.CHECKED
 Levels = tuple[tuple[str, str], ...]  # (scope, level) in the order given
 
 
@@ -298,34 +298,37 @@ class Settings:
         env="AMBIENT_UNENROLL_ON_UNINSTALL", ours=True)
 
     # --- repair -------------------------------------------------------------------------------------------------------
-    repair_enabled: bool = _setting(True, BOOLEAN, REPAIR, "look for broken pods", flag="repair-enabled", effect=LATER)
-    repair_delete_pods: bool = _setting(
-        False, BOOLEAN, REPAIR, "delete broken pods", flag="repair-delete-pods", effect=LATER)
-    repair_label_pods: bool = _setting(
-        False, BOOLEAN, REPAIR, "label broken pods", flag="repair-label-pods", effect=LATER)
+    repair_enabled: bool = _setting(
+        True, BOOLEAN, REPAIR, "look for pods of this node that were started without redirection",
+        flag="repair-enabled")
     repair_repair_pods: bool = _setting(
-        False, BOOLEAN, REPAIR, "program broken pods anew", env="REPAIR_REPAIR_PODS", effect=LATER)
+        False, BOOLEAN, REPAIR, "put the rules into broken pods; wins over deleting and labelling",
+        env="REPAIR_REPAIR_PODS")
+    repair_delete_pods: bool = _setting(
+        False, BOOLEAN, REPAIR, "delete broken pods; wins over labelling", flag="repair-delete-pods")
+    repair_label_pods: bool = _setting(False, BOOLEAN, REPAIR, "label broken pods", flag="repair-label-pods")
     repair_broken_pod_label_key: str = _setting(
-        "cni.istio.io/uninitialized", TEXT, REPAIR, "label key", flag="repair-broken-pod-label-key", effect=LATER)
+        "cni.istio.io/uninitialized", TEXT, REPAIR, "label key", flag="repair-broken-pod-label-key")
     repair_broken_pod_label_value: str = _setting(
-        "true", TEXT, REPAIR, "label value", flag="repair-broken-pod-label-value", effect=LATER)
+        "true", TEXT, REPAIR, "label value", flag="repair-broken-pod-label-value")
     repair_node_name: str = _setting(
-        "", TEXT, REPAIR, "whose pods; also the third choice for the node's name", flag="repair-node-name")
+        "", TEXT, REPAIR, "whose pods, empty: those of this node; also the third choice for this node's name",
+        flag="repair-node-name")
     repair_sidecar_annotation: str = _setting(
-        istio.SIDECAR_STATUS, TEXT, REPAIR, "annotation of an injected pod", flag="repair-sidecar-annotation",
-        effect=LATER)
+        istio.SIDECAR_STATUS, TEXT, REPAIR, "annotation of an injected pod; empty: any pod",
+        flag="repair-sidecar-annotation")
     repair_init_container_name: str = _setting(
-        istio.VALIDATION_CONTAINER, TEXT, REPAIR, "container whose failure shows a broken pod",
-        flag="repair-init-container-name", effect=LATER)
+        istio.VALIDATION_CONTAINER, TEXT, REPAIR, "init container whose failure shows a broken pod; empty: any",
+        flag="repair-init-container-name")
     repair_init_container_termination_message: str = _setting(
-        "", TEXT, REPAIR, "its termination message", flag="repair-init-container-termination-message", effect=LATER)
+        "", TEXT, REPAIR, "its termination message; empty: any", flag="repair-init-container-termination-message")
     repair_init_container_exit_code: int = _setting(
-        istio.VALIDATION_EXIT_CODE, INTEGER, REPAIR, "its exit status", flag="repair-init-container-exit-code",
-        effect=LATER)
+        istio.VALIDATION_EXIT_CODE, INTEGER, REPAIR, "its exit status; 0: any but success",
+        flag="repair-init-container-exit-code")
     repair_label_selectors: str = _setting(
-        "", TEXT, REPAIR, "label selector", flag="repair-label-selectors", effect=LATER)
+        "", LABEL_SELECTOR, REPAIR, "labels of the pods to look at; empty: all", flag="repair-label-selectors")
     repair_field_selectors: str = _setting(
-        "", TEXT, REPAIR, "field selector", flag="repair-field-selectors", effect=LATER)
+        "", FIELD_SELECTOR, REPAIR, "fields of the pods to look at; empty: all", flag="repair-field-selectors")
 
     # --- accepted and ignored, so that every chart and script keeps working -------------------------------------------
     cni_network_config: str = _setting(

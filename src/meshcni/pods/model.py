@@ -1,8 +1,10 @@
-"""What this project keeps of a Kubernetes pod: a small frozen projection, parsed once from the API's JSON."""
+"""What this project keeps of a Kubernetes pod: a small frozen projection, parsed once from the API's JSON.
+
+The plugin reads pods with this too, so no more of the standard library may be used than native/plugin/stubs has.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -12,6 +14,7 @@ from typing import Any, TypeVar
 from meshcni import istio
 from meshcni.errors import PodSpecError
 
+COMPLETED = "Completed"  # kubernetes/pkg/kubelet: reason of a container that ended with status 0
 NO_PAIRS: Mapping[str, str] = MappingProxyType({})
 TERMINAL_PHASES = frozenset({"Succeeded", "Failed"})  # k8s.io/api core/v1 PodPhase: no container will ever run again
 Address = IPv4Address | IPv6Address
@@ -38,6 +41,30 @@ class Container:
 
 
 @dataclass(frozen=True, slots=True)
+class Termination:
+    """One end of a container."""
+
+    exit_code: int
+    reason: str = ""
+    message: str = ""
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the container did what it was for."""
+        return self.exit_code == 0 or self.reason == COMPLETED
+
+
+@dataclass(frozen=True, slots=True)
+class InitStatus:
+    """An init container that failed: `current` is its end when it is not running again, `last` the end before."""
+
+    name: str
+    current: Termination | None = None
+    last: Termination | None = None
+    restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Pod:
     """A pod's identity, metadata and the parts of its spec and status that decisions need."""
 
@@ -57,6 +84,8 @@ class Pod:
     resource_version: str = ""
     service_account: str = ""
     runtime_class: str = ""
+    restart_policy: str = ""
+    init_statuses: tuple[InitStatus, ...] = ()  # of init containers that failed and have not succeeded since
     container_ids: frozenset[str] = frozenset()  # the runtime's, of every container made; without `containerd://`
 
     @property
@@ -112,7 +141,9 @@ T = TypeVar("T")
 _TYPE_WORDS: Mapping[type, str] = {str: "a string", int: "an integer", bool: "true or false", list: "a list"}
 _HIGHEST_ID = 2**32 - 2  # (uid_t) -1 means "no user" to the kernel
 _STATUS_LISTS = ("initContainerStatuses", "containerStatuses", "ephemeralContainerStatuses")
-_CONTAINER_ID = re.compile(r"[a-z0-9-]+://([A-Za-z0-9_.-]+)", re.ASCII)  # core/v1 ContainerStatus: `<type>://<id>`
+# core/v1 ContainerStatus: `<type>://<id>`
+_RUNTIME_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789-"
+_ID_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_." + _RUNTIME_CHARACTERS
 
 
 def _wrong(path: str, value: object, expected: str) -> PodSpecError:
@@ -200,8 +231,45 @@ def _container_ids(status: Mapping[str, Any]) -> Iterator[str]:
         entries = status.get(key)
         for entry in entries if isinstance(entries, list) else ():
             text = entry.get("containerID") if isinstance(entry, Mapping) else None
-            if isinstance(text, str) and (match := _CONTAINER_ID.fullmatch(text)):
-                yield match[1]
+            runtime, _, identifier = text.partition("://") if isinstance(text, str) else ("", "", "")
+            if runtime and identifier and not (runtime.strip(_RUNTIME_CHARACTERS) or identifier.strip(_ID_CHARACTERS)):
+                yield identifier
+
+
+def _init_statuses(status: Mapping[str, Any]) -> tuple[InitStatus, ...]:
+    """Read leniently: a status that makes no sense must not make its pod unreadable; the ADD needs the pod, not it."""
+    entries = status.get("initContainerStatuses")
+    found = (_init_status(entry) for entry in entries) if isinstance(entries, list) else ()
+    return tuple(one for one in found if one is not None)
+
+
+def _init_status(entry: object) -> InitStatus | None:
+    name = entry.get("name") if isinstance(entry, Mapping) else None
+    if not isinstance(entry, Mapping) or not isinstance(name, str):
+        return None
+    current, last = _termination(entry.get("state")), _termination(entry.get("lastState"))
+    if current is not None and current.is_success:
+        return None
+    last = None if last is not None and last.is_success else last
+    if current is None and last is None:
+        return None
+    return InitStatus(name, current, last, _integer(entry.get("restartCount")) or 0)
+
+
+def _termination(state: object) -> Termination | None:
+    ended = state.get("terminated") if isinstance(state, Mapping) else None
+    exit_code = _integer(ended.get("exitCode")) if isinstance(ended, Mapping) else None
+    if not isinstance(ended, Mapping) or exit_code is None:
+        return None
+    return Termination(exit_code, _text(ended.get("reason")), _text(ended.get("message")))
+
+
+def _integer(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def pod_from_object(obj: Mapping[str, Any]) -> Pod:
@@ -232,6 +300,8 @@ def pod_from_object(obj: Mapping[str, Any]) -> Pod:
         resource_version=_read(metadata, "resourceVersion", "metadata.", str, ""),
         service_account=_read(spec, "serviceAccountName", "spec.", str, ""),
         runtime_class=_read(spec, "runtimeClassName", "spec.", str, ""),
+        restart_policy=_read(spec, "restartPolicy", "spec.", str, ""),
+        init_statuses=_init_statuses(status),
         container_ids=frozenset(_container_ids(status)),
     )
 
