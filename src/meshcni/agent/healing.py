@@ -11,6 +11,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from meshcni.agent.netnssearch import HINTS, Find
 from meshcni.agent.podrecord import Netns
@@ -134,11 +135,11 @@ class Healer:
         `netns` is what `locate` found, and stays the caller's; without one it is looked for, in one walk for this pod
         alone.
         """
-        return await self._visit(pod, netns, mend_sidecar)
+        return _healed(await self.visit(pod, netns, mend_sidecar))
 
     async def look(self, pod: Pod, netns: Netns | None = None) -> Healed | Drifted | NotHealed:
         """Tell whether the pod's rules are in place, and change nothing; otherwise as `heal`."""
-        outcome = await self._visit(pod, netns, look_at_sidecar)
+        outcome = _healed(await self.visit(pod, netns, look_at_sidecar))
         if isinstance(outcome, Healed) and outcome.drift:
             return Drifted(outcome.netns, outcome.drift)
         return outcome
@@ -166,9 +167,13 @@ class Healer:
         """What is to be done with the pod; as in an ADD, apart from ambient pods, which are not ours to heal."""
         return assess(pod, None, self._policy, self._environment)
 
-    async def _visit(
-        self, pod: Pod, netns: Netns | None, work: Callable[[Mending, VariantChoice | None], Mended]
-    ) -> Healed | NotHealed:
+    async def visit(
+        self, pod: Pod, netns: Netns | None, work: Callable[[Mending, VariantChoice | None], T]
+    ) -> tuple[NetnsId, T] | NotHealed:
+        """Do `work` in the pod's netns, which it must not trust before it has seen all the pod's addresses there.
+
+        It gets what belongs there and the iptables variant of this boot. Its MeshCniError becomes a NotHealed.
+        """
         try:
             wanted = self._mending(pod)
             if netns is not None:
@@ -193,14 +198,14 @@ class Healer:
             return NotHealed(NOT_PROGRAMMED, f"the network namespace cannot be programmed: {error}")
 
     async def _work(
-        self, netns: Netns, wanted: Mending, work: Callable[[Mending, VariantChoice | None], Mended]
-    ) -> Healed:
+        self, netns: Netns, wanted: Mending, work: Callable[[Mending, VariantChoice | None], T]
+    ) -> tuple[NetnsId, T]:
         try:
             check_pod_netns(netns.descriptor, self._never)
         except NetnsError as error:
             raise _RefusedError(NotHealed(HOST_NETNS, error.message, error.hint)) from None
-        mended = await self._programmer.run(netns.descriptor, lambda choice: work(wanted, choice), urgent=False)
-        return Healed(netns.id, mended.drift, mended.variant)
+        done = await self._programmer.run(netns.descriptor, lambda choice: work(wanted, choice), urgent=False)
+        return netns.id, done
 
     def _mending(self, pod: Pod) -> Mending:
         if self._node and pod.node_name not in ("", self._node):
@@ -253,6 +258,13 @@ class Healer:
                 found = Refused(found.code, f"{first.text}; {found.text}")
             results[uid] = found
         return results
+
+
+def _healed(outcome: tuple[NetnsId, Mended] | NotHealed) -> Healed | NotHealed:
+    if isinstance(outcome, NotHealed):
+        return outcome
+    netns, mended = outcome
+    return Healed(netns, mended.drift, mended.variant)
 
 
 def _claims(pods: Iterable[Pod]) -> dict[object, list[tuple[str, str]]]:

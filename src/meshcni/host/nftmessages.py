@@ -1,4 +1,4 @@
-"""Messages of the kernel's nf_tables that make sets of addresses, in the calling thread's network namespace.
+"""Messages of the kernel's nf_tables in the calling thread's network namespace: sets of addresses, and its generation.
 
 Layouts and numbers: linux/netfilter/nf_tables.h, nfnetlink.h. Not left to libnftables, because 1.1 writes more about a
 set of `type ipv4_addr` than its type, and over that a 1.0 ends its whole process, be it `nft` or an agent
@@ -11,12 +11,15 @@ import socket
 import struct
 from collections.abc import Mapping
 
-from meshcni.host.netlink import NLM_F_ACK, NLM_F_CREATE, Message, NetlinkSocket, attribute
+from meshcni.host.netlink import NLM_F_ACK, NLM_F_CREATE, Message, NetlinkSocket, attribute, attributes
 
 _NETLINK_NETFILTER = 12  # linux/netlink.h
 _SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
 _BATCH_BEGIN, _BATCH_END = 16, 17
 _NEW_TABLE, _NEW_SET = (_SUBSYSTEM << 8 | command for command in (0, 9))
+_GET_GENERATION = _SUBSYSTEM << 8 | 16
+_GENERATION_ID = 1
+_GENERIC_SIZE = 4  # of struct nfgenmsg
 _INET = 1  # NFPROTO_INET: a table for IPv4 and IPv6
 
 _TABLE_NAME = 1
@@ -36,6 +39,17 @@ def make_sets(table: str, versions: Mapping[str, int]) -> None:
     sets = (_new_set(table, name, version, number) for number, (name, version) in enumerate(versions.items(), 1))
     with NetlinkSocket(_NETLINK_NETFILTER) as kernel:
         kernel.change_all([_edge(_BATCH_BEGIN), _new(_NEW_TABLE, _text(_TABLE_NAME, table)), *sets, _edge(_BATCH_END)])
+
+
+def generation() -> int:
+    """Return the number that changes with every change of the namespace's nf_tables, whoever makes it.
+
+    Every refusal is an OSError, as when there is no nf_tables.
+    """
+    with NetlinkSocket(_NETLINK_NETFILTER) as kernel:
+        answer = kernel.ask(_GET_GENERATION, _generic(socket.AF_UNSPEC, 0))
+    found = dict(attributes(answer[_GENERIC_SIZE:]))
+    return int.from_bytes(found[_GENERATION_ID], "big")
 
 
 def _new_set(table: str, name: str, version: int, number: int) -> Message:

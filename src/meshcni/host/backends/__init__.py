@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from meshcni.rules.model import Family, Ruleset
-from meshcni.rules.plan import Drift
+from meshcni.rules.plan import Drift, Observation
 
 
 class PacketBackend(Protocol):
@@ -40,6 +40,9 @@ class PacketBackend(Protocol):
 
     def drift(self, ruleset: Ruleset) -> tuple[Drift, ...]:
         """Compare what the kernel holds, rule by rule and in order, with `ruleset`."""
+
+    def observed(self, ruleset: Ruleset) -> Observation:
+        """Return what the kernel holds where `ruleset` has something to say, for comparisons of any kind."""
 
     def listing(self) -> str:
         """Return the kernel's rules, ours and others', as text without counters: for people."""

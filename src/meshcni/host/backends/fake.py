@@ -51,6 +51,10 @@ class FakeBackend:
         """Compare what is held with `ruleset`, by way of the listing that nft would print."""
         return plan.drift(ruleset, nft.parse(self.listing()))
 
+    def observed(self, ruleset: Ruleset) -> plan.Observation:
+        """Return what is held, by way of the listing that nft would print."""
+        return nft.parse(self.listing())
+
     def listing(self) -> str:
         """Return what nft would list."""
         return nft.listing(self.held) if self.held else ""

@@ -148,6 +148,10 @@ class IptablesBackend:
         """Compare what is ours with `ruleset`; starts one process for each family that has tables."""
         return _drift(ruleset, self._observe(ruleset))
 
+    def observed(self, ruleset: Ruleset) -> plan.Observation:
+        """Return what is there by family; starts one process for each family that has tables."""
+        return {family: iptables.parse(text) for family, text in self._observe(ruleset).items()}
+
     def listing(self) -> str:
         """Return what the save commands print for the families that have tables."""
         return "".join(self._save(family) for family in Family if self._chains(family))

@@ -69,6 +69,10 @@ class NftablesBackend:
             return ()
         return plan.drift(ruleset, nft.parse(listed, self._purpose))
 
+    def observed(self, ruleset: Ruleset) -> plan.Observation:
+        """Return our tables."""
+        return nft.parse(self._own_listing(), self._purpose)
+
     def listing(self) -> str:
         """Return the whole ruleset of the namespace."""
         return self._nft.show("list ruleset")

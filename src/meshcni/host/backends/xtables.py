@@ -8,6 +8,7 @@ Layouts: linux/netfilter_ipv4/ip_tables.h, linux/netfilter_ipv6/ip6_tables.h, li
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import socket
 import struct
@@ -29,12 +30,14 @@ class _Layout:
     family: int
     level: int
     offsets_at: int  # of target_offset and next_offset within an entry
+    counters_at: int  # of the packets and bytes that it has seen
 
 
 _LAYOUTS = {
-    Family.V4: _Layout(socket.AF_INET, socket.IPPROTO_IP, 88),
-    Family.V6: _Layout(socket.AF_INET6, socket.IPPROTO_IPV6, 140),
+    Family.V4: _Layout(socket.AF_INET, socket.IPPROTO_IP, 88, 96),
+    Family.V6: _Layout(socket.AF_INET6, socket.IPPROTO_IPV6, 140, 152),
 }
+_COUNTERS_SIZE = 16
 
 
 def chains(family: Family) -> dict[str, tuple[str, ...]]:
@@ -51,11 +54,32 @@ def has_rules(family: Family) -> bool:
     return False
 
 
-def _user_chains(family: Family, table: str) -> tuple[str, ...]:
-    """Walk the table's entries: a user-defined chain begins with an ERROR target that carries its name."""
+def digests(family: Family) -> tuple[tuple[str, bytes], ...]:
+    """Return something short for each existing legacy table that changes with its rules, and not with its counters."""
+    return tuple((table, _digest(family, table)) for table in sorted(legacy_table_names(family)))
+
+
+def _digest(family: Family, table: str) -> bytes:
+    blob, layout, at = bytearray(_entries(family, table)), _LAYOUTS[family], 0
+    while at + layout.offsets_at + 4 <= len(blob):
+        (next_offset,) = struct.unpack_from("=H", blob, at + layout.offsets_at + 2)
+        start = at + layout.counters_at
+        blob[start : start + _COUNTERS_SIZE] = bytes(_COUNTERS_SIZE)
+        if next_offset == 0:
+            break
+        at += next_offset
+    return hashlib.blake2b(blob, digest_size=16).digest()
+
+
+def _entries(family: Family, table: str) -> bytes:
     _hooks, _count, size = _info(family, table)
     request = struct.pack("=32sI", table.encode(), size)
-    blob = _getsockopt(family, _GET_ENTRIES, request, _ENTRIES_HEADER + size)[_ENTRIES_HEADER:]
+    return _getsockopt(family, _GET_ENTRIES, request, _ENTRIES_HEADER + size)[_ENTRIES_HEADER:]
+
+
+def _user_chains(family: Family, table: str) -> tuple[str, ...]:
+    """Walk the table's entries: a user-defined chain begins with an ERROR target that carries its name."""
+    blob = _entries(family, table)
     names, at = [], 0
     while at < len(blob):
         target_offset, next_offset = struct.unpack_from("=HH", blob, at + _LAYOUTS[family].offsets_at)
