@@ -24,6 +24,27 @@ ETCD_PEER = "http://127.0.0.1:2380"
 BRIDGE = "lan"
 START_SECONDS = 90.0
 GRACE_SECONDS = 6  # without a word from a node, after which it is not ready; Kubernetes' own default is 50
+NOT_NEEDED = (  # controllers of what no test has: volumes of a cloud, certificates, autoscaling, quotas
+    "bootstrap-signer-controller",
+    "certificatesigningrequest-approving-controller",
+    "certificatesigningrequest-cleaner-controller",
+    "certificatesigningrequest-signing-controller",
+    "cronjob-controller",
+    "device-taint-eviction-controller",
+    "ephemeral-volume-controller",
+    "horizontal-pod-autoscaler-controller",
+    "persistentvolume-attach-detach-controller",
+    "persistentvolume-binder-controller",
+    "persistentvolume-expander-controller",
+    "persistentvolume-protection-controller",
+    "persistentvolumeclaim-protection-controller",
+    "resourceclaim-controller",
+    "resourcequota-controller",
+    "token-cleaner-controller",
+    "volumeattributesclass-protection-controller",
+)
+CLIENTS = ("kube-controller-manager", "kube-scheduler")
+COLLECT_SELDOM = {"GOGC": "400"}  # they make most of their garbage at their start, which should not take long
 TOLERATION_SECONDS = 300  # for which a pod stays on a node that is not ready; Kubernetes' own default
 
 
@@ -47,12 +68,15 @@ class ControlPlane(Node):
         """Make the keys and the LAN, start etcd and the API server; `nodes` are those that will be let in."""
         self._pki = Pki(self.folder / "pki", list(nodes))
         self._make_lan()
-        self._daemons = {
-            "etcd": Daemon(self, "etcd", self._etcd()),
-            "kube-apiserver": Daemon(self, "kube-apiserver", self._api_server()),
-            "kube-controller-manager": Daemon(self, "kube-controller-manager", self._controllers(), supervised=True),
-            "kube-scheduler": Daemon(self, "kube-scheduler", self._scheduler(), supervised=True),
+        commands = {
+            "etcd": self._etcd(),
+            "kube-apiserver": self._api_server(),
+            "kube-controller-manager": self._controllers(),
+            "kube-scheduler": self._scheduler(),
         }
+        for name, command in commands.items():
+            is_client = name in CLIENTS
+            self._daemons[name] = Daemon(self, name, command, supervised=is_client, environment=COLLECT_SELDOM)
         self._daemons["etcd"].start()
         self._daemons["kube-apiserver"].start()
 
@@ -73,7 +97,7 @@ class ControlPlane(Node):
                 return False
 
         wait_until("the API server is ready", is_ready, START_SECONDS, 0.05)
-        for name in ("kube-controller-manager", "kube-scheduler"):  # earlier they would back off for seconds
+        for name in CLIENTS:  # earlier they would back off for seconds
             self._daemons[name].start()
 
     def daemon(self, name: str) -> Daemon:
@@ -151,7 +175,7 @@ class ControlPlane(Node):
             *("--use-service-account-credentials", f"--service-account-private-key-file={pki.folder}/sa.key"),
             *(f"--root-ca-file={pki.ca}", "--leader-elect=false", "--bind-address=127.0.0.1"),
             *(f"--node-monitor-grace-period={GRACE_SECONDS}s", "--node-monitor-period=1s"),
-            "--controllers=*,-bootstrap-signer-controller,-token-cleaner-controller",
+            f"--controllers=*,{','.join(f'-{name}' for name in NOT_NEEDED)}",
         ]
 
     def _scheduler(self) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lab.cluster import addresses
 from lab.cluster.addresses import NodeAddresses
+from lab.containerd import CHAIN_PLUGINS
 
 # Of /etc only what programs of the host's /usr need: no accounts, no keys, nothing that other CNI software left there.
 FROM_ETC = (
@@ -43,7 +44,7 @@ KUBELET_CONFIG, PROXY_CONFIG = "etc/kubernetes/kubelet.json", "etc/kubernetes/pr
 
 
 def make_disk(disk: Path, plugins: Path) -> None:
-    """Make the folders that cover /etc, /opt and /var; `plugins` are copied into /opt/cni/bin."""
+    """Make the folders that cover /etc, /opt and /var; of `plugins` the chain's go into /opt/cni/bin."""
     for folder in FOLDERS:
         (disk / folder).mkdir(parents=True)
     for name in FROM_ETC:
@@ -56,8 +57,8 @@ def make_disk(disk: Path, plugins: Path) -> None:
     (disk / "etc" / "resolv.conf").touch()
     (disk / "var" / "run").symlink_to("/run")
     (disk / "var" / "lock").symlink_to("/run/lock")
-    for plugin in plugins.iterdir():
-        shutil.copy2(plugin, disk / BIN_DIR.lstrip("/") / plugin.name)  # follows links, which pods could not
+    for plugin in CHAIN_PLUGINS:
+        shutil.copy2(plugins / plugin, disk / BIN_DIR.lstrip("/") / plugin)  # follows links, which pods could not
 
 
 def conflist(node: NodeAddresses) -> dict[str, Any]:
