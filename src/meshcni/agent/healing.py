@@ -37,6 +37,8 @@ from meshcni.pods.enrollment import NetnsId
 from meshcni.pods.model import NO_PAIRS, Pod, pod_addresses
 from meshcni.pods.podidentity import uids_of
 
+T = TypeVar("T")
+
 NOT_A_SIDECAR = "not-a-sidecar"  # codes of NotHealed beside those of host.podnetns.Refused
 BAD_PARAMETERS = "bad-parameters"
 CLAIMED_TWICE = "claimed-twice"
