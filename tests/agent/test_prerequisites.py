@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from meshcni.agent import hostmounts, prerequisites
+from meshcni.agent import hostmounts, prerequisites, rights
 from meshcni.agent.hostmounts import Mount
+from meshcni.agent.needs import Weight
 from meshcni.agent.prerequisites import Prerequisites
 from meshcni.agent.settings import Settings
 from meshcni.kube.client import Resource
 from meshcni.kube.failures import ApiError
+from meshcni.pods.repair import Mode
 
 SIDECAR = Settings(
     node_name="node", pod_name="pod", pod_namespace="mesh", kubernetes_service_host="10.0.0.1", service_account_dir="/"
@@ -168,10 +170,77 @@ def test_a_missing_mount_is_never_got_over() -> None:
     assert "cni-bin-dir, /host/opt/cni/bin does not exist" in found.reasons()[0]
 
 
-def test_what_degrades_does_not_stop_and_what_helps_is_not_mentioned() -> None:
+def test_what_degrades_does_not_stop_and_what_helps_is_no_trouble() -> None:
     found = World(Api("get nodes", "get daemonsets"), mounts=[mount("cni-host-procfs")]).run()
     assert found.released.is_set()
     assert found.reasons() == ()
     assert "cni-host-procfs" in found.notes()[0]
     assert "ClusterRole" not in found.yaml()
-    assert World(Api("get nodes", "get daemonsets")).run().as_object() is None
+    shown = World(Api("get nodes", "get daemonsets")).run().as_object()
+    assert shown is not None
+    assert (shown["stops"], shown["degrades"], shown["yaml"]) == ([], [], "")
+    assert [right["right"] for right in shown["rights"]] == ["get nodes", "get daemonsets"]
+
+
+# --- each right in turn -----------------------------------------------------------------------------------------------
+
+REPAIRS = {"delete": {"repair_delete_pods": True}, "label": {"repair_label_pods": True}}
+ROLES: dict[str, tuple[Settings, tuple[rights.Right, ...]]] = {
+    "sidecar": (replace(SIDECAR, repair_enabled=False), rights.wanted(ambient=False)),
+    "ambient": (replace(SIDECAR, ambient_enabled=True), rights.wanted(ambient=True)),
+    **{
+        name: (
+            replace(SIDECAR, repair_enabled=True, repair_repair_pods=False, **changes),
+            rights.wanted(ambient=False, repair=Mode(name)),
+        )
+        for name, changes in REPAIRS.items()
+    },
+}
+EACH = [(role, right) for role, (_settings, wanted) in ROLES.items() for right in wanted]
+
+
+@pytest.mark.parametrize(("role", "right"), EACH, ids=[f"{role}-{right}" for role, right in EACH])
+def test_each_right_removed_in_turn(role: str, right: rights.Right, caplog: pytest.LogCaptureFixture) -> None:
+    """What is not done without it is said in the log, at our own pod and in the status, with what grants it."""
+    caplog.set_level("INFO")
+    settings, wanted = ROLES[role]
+    told: list[tuple[str, str]] = []
+    found = World(
+        Api(str(right)), settings=settings, mounts=(), tell=lambda reason, message: told.append((reason, message))
+    ).run()
+    assert found.rights == wanted
+    assert found.review.refused == (right,)
+    assert found.released.is_set() is (right.weight is not Weight.STOPS)
+    said = {Weight.STOPS: found.reasons(), Weight.DEGRADES: found.notes(), Weight.HELPS: ()}[right.weight]
+    assert right.without in caplog.text
+    shown = found.as_object()
+    assert shown is not None
+    assert shown["rights"] == [right.as_object()]
+    if right.weight is Weight.HELPS:
+        assert (found.reasons(), found.notes(), told) == ((), (), [])
+        return
+    for text in (*said, told[0][1], caplog.text):
+        assert str(right) in text
+        assert right.without in text
+        assert right.chart in text
+    assert [reason for reason, _ in told] == [prerequisites.EVENT_REASON]
+    assert f"# missing: {right.verb}" in found.yaml()
+
+
+@pytest.mark.parametrize("unused", rights.UNUSED)
+@pytest.mark.parametrize("role", ROLES)
+def test_what_only_the_original_asks_for_is_not_missed(role: str, unused: str) -> None:
+    settings, wanted = ROLES[role]
+    assert unused not in map(str, wanted)
+    found = World(Api(unused), settings=settings).run()
+    assert (found.reasons(), found.notes(), found.as_object()) == ((), (), None)
+
+
+def test_the_table_has_every_rule_of_the_originals_chart() -> None:
+    """Roles istio-cni, istio-cni-repair-role and istio-cni-ambient of the original's chart, verb by verb."""
+    original = {f"{verb} {target}" for target in ("pods", "nodes", "namespaces") for verb in ("get", "list", "watch")}
+    original |= {"create events", "patch events", "delete pods", "patch pods/status", "update pods/status"}
+    original |= {"get daemonsets"}
+    asked = {str(right) for _settings, wanted in ROLES.values() for right in wanted}
+    assert asked <= original, "more than the original's chart grants"
+    assert original == asked | set(rights.UNUSED)

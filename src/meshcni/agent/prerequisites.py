@@ -19,6 +19,7 @@ from meshcni.agent.rights import Asks, Review, Right
 from meshcni.agent.settings import Settings
 from meshcni.kube.credentials import TOKEN_NAME, subject
 from meshcni.kube.informer import Informer
+from meshcni.pods.repair import Mode, choose_mode
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ ROUNDS_TO_A_NOTE = 60  # of those, until what merely degrades is asked for again
 FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 2.0, 30.0
 # An API server that has just started refuses everybody for a second: once at work, believe a refusal the second time.
 CONFIRMATIONS = 2
+EVENT_REASON = "AgentPrerequisitesMissing"
 SERVICE_ACCOUNT_PREFIX = "system:serviceaccount:"
 
 
@@ -41,17 +43,20 @@ class Prerequisites:
         *,
         mounts: Sequence[hostmounts.Mount] | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        tell: Callable[[str, str], None] = lambda reason, message: None,
     ) -> None:
         self.settings = settings
         self.mounts = tuple(hostmounts.missing(settings) if mounts is None else mounts)
-        self.rights = rights.wanted(ambient=settings.ambient_enabled)
+        self.rights = rights.wanted(ambient=settings.ambient_enabled, repair=_repair_mode(settings))
         self.review = rights.UNKNOWN
         self.released = asyncio.Event()
         self._api = api
         self._informers = informers
         self._sleep = sleep
+        self._tell_pod = tell  # an Event at our own pod
         self._refusals = 0  # reviews in a row in which something indispensable was refused
         self._told: tuple[str, ...] = ()
+        self._told_of_help: tuple[str, ...] = ()
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
@@ -138,11 +143,16 @@ class Prerequisites:
             found.append(manifest.role(self.rights, self.review.refused, namespace=namespace, account=account))
         return "---\n".join(found)
 
-    def as_object(self) -> Mapping[str, object] | None:
+    def as_object(self) -> Mapping[str, Any] | None:
         """For the status document; None when nothing is missing."""
-        if not self._told_of():
+        if not self._told_of() and not self.review.refused:
             return None
-        return {"stops": list(self.reasons()), "degrades": list(self.notes()), "yaml": self.yaml()}
+        return {
+            "stops": list(self.reasons()),
+            "degrades": list(self.notes()),
+            "rights": [] if self.review.problem else [right.as_object() for right in self.review.refused],
+            "yaml": self.yaml(),
+        }
 
     def _sentences(self, weight: Weight) -> Iterable[str]:
         degraded = "" if weight is Weight.STOPS else "degraded by "
@@ -200,6 +210,7 @@ class Prerequisites:
         """One log line when what is missing changes, with the YAML below it."""
         stops, degrades = self.reasons(), self.notes()
         if (said := (*stops, *degrades)) == self._told:
+            self._tell_of_help()
             return
         attachment = logs.attached(self.yaml())
         if stops:
@@ -209,7 +220,26 @@ class Prerequisites:
             log.warning("this agent does not do all of its work: %s", "; ".join(said), extra=attachment)
         else:
             log.info("this agent has the mounts and rights that it needs now")
+        self._tell_of_help()
+        if said:
+            self._tell_pod(EVENT_REASON, "; ".join(said))
         self._told = said
+
+    def _tell_of_help(self) -> None:
+        """Rights that nobody misses until the agent ends are told once, and are no trouble."""
+        found = [right for right in self.review.refused if right.weight is Weight.HELPS and not self.review.problem]
+        said = tuple(f"{right} (without: {right.without})" for right in found)
+        if said and said != self._told_of_help:
+            log.info("not granted, and not needed for the daily work: %s", "; ".join(said))
+        self._told_of_help = said
+
+
+def _repair_mode(settings: Settings) -> Mode | None:
+    if not settings.repair_enabled:
+        return None
+    return choose_mode(
+        repair=settings.repair_repair_pods, delete=settings.repair_delete_pods, label=settings.repair_label_pods
+    ).mode
 
 
 def _stops(refused: Iterable[Right]) -> bool:
@@ -217,8 +247,16 @@ def _stops(refused: Iterable[Right]) -> bool:
 
 
 def _by_purpose(refused: Iterable[Right]) -> list[str]:
-    """`get, list, watch pods: why`, one for each kind of object."""
-    verbs: dict[tuple[str, str], list[str]] = {}
+    """`get, list, watch pods: why`, one for each kind of object, with what is not done and which values grant it."""
+    groups: dict[tuple[str, str, str], list[Right]] = {}
     for right in refused:
-        verbs.setdefault((right.target, right.needed_for), []).append(right.verb)
-    return [f"{', '.join(of)} {target}: {why}" for (target, why), of in verbs.items()]
+        groups.setdefault((right.target, right.needed_for, right.chart), []).append(right)
+    return [
+        f"{', '.join(right.verb for right in of)} {target}: {why} (without: {_loss(of)}; granted by the chart: {chart})"
+        for (target, why, chart), of in groups.items()
+    ]
+
+
+def _loss(of: Sequence[Right]) -> str:
+    """What is not done; of several verbs what they have in common."""
+    return of[0].without if len(of) == 1 else of[0].without.partition(":")[0]

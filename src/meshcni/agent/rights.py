@@ -11,13 +11,19 @@ from meshcni import istio
 from meshcni.agent.needs import Weight
 from meshcni.errors import KubeError
 from meshcni.kube.client import DAEMONSETS, EVENTS, NAMESPACES, NODES, PODS, Resource
+from meshcni.pods.repair import Mode
 
+# Values of the chart, as people set them.
+ALWAYS, AMBIENT, REPAIR = "always", "ambient.enabled=true", "repair.enabled=true"
 REVIEW_SECONDS = 5.0  # for all questions, one after the other on one connection; nothing is installed before
 
 
 @dataclass(frozen=True, slots=True)
 class Right:
-    """One verb on one kind of object; `name` is empty where it holds for all of them."""
+    """One verb on one kind of object; `name` is empty where it holds for all of them.
+
+    `without` says what is not done, or not known, while it is refused; `chart` the values of the chart that grant it.
+    """
 
     verb: str
     resource: Resource
@@ -25,6 +31,8 @@ class Right:
     weight: Weight = Weight.STOPS
     subresource: str = ""
     name: str = ""
+    without: str = ""
+    chart: str = ALWAYS
 
     @property
     def target(self) -> str:
@@ -34,22 +42,95 @@ class Right:
     def __str__(self) -> str:
         return f"{self.verb} {self.target}"
 
+    def as_object(self) -> dict[str, str]:
+        """For the status document."""
+        return {"right": str(self), "weight": self.weight.name.lower(), "without": self.without, "chart": self.chart}
 
-def wanted(*, ambient: bool) -> tuple[Right, ...]:
+
+_MEMBERS = "knowing which pods of this node belong to the mesh"
+_LABELS = "knowing which namespaces are in ambient mode"
+_DEPARTURE = "telling at the end whether the agent was taken off this node"
+_NOTHING_INSTALLED = "nothing is installed on the node"
+PODS_RIGHTS = (
+    Right("get", PODS, _MEMBERS, without=f"{_NOTHING_INSTALLED}: a pod that the watch has not shown yet is not known"),
+    Right("list", PODS, _MEMBERS, without=f"{_NOTHING_INSTALLED}: no pod of the node is known"),
+    Right("watch", PODS, _MEMBERS, without=f"{_NOTHING_INSTALLED}: what is known of pods grows old"),
+)
+AMBIENT_RIGHTS = (
+    *(
+        Right(verb, NAMESPACES, _LABELS, without=f"{_NOTHING_INSTALLED}: {loss}", chart=AMBIENT)
+        for verb, loss in (
+            ("get", "a namespace that the watch has not shown yet is not known"),
+            ("list", "no namespace is known"),
+            ("watch", "labels that change are not noticed"),
+        )
+    ),
+    Right(
+        "patch",
+        PODS,
+        "telling the mesh which pods are captured",
+        subresource="status",
+        without=f"{_NOTHING_INSTALLED}: peers would send plain traffic to a captured pod that is not annotated",
+        chart=AMBIENT,
+    ),
+)
+EVENTS_RIGHT = Right(
+    "create",
+    EVENTS,
+    "Events at pods that cannot join the mesh",
+    Weight.DEGRADES,
+    without="`kubectl describe pod` shows nothing of ours; log, metrics and `install-cni status` still do",
+    chart=REPAIR,
+)
+DEPARTURE_RIGHTS = (
+    Right(
+        "get",
+        NODES,
+        _DEPARTURE,
+        Weight.HELPS,
+        without="a DaemonSet that leaves this node by labels or affinity looks like a rollout: the files stay",
+    ),
+    Right(
+        "get",
+        DAEMONSETS,
+        _DEPARTURE,
+        Weight.HELPS,
+        name=istio.DAEMONSET_NAME,
+        without="the other agent pods decide instead, and the only agent of a cluster cannot tell a rollout from an "
+        "uninstall: it cleans up in sidecar mode, and keeps everything in ambient mode",
+        chart=f"{ALWAYS}; Istio's own chart: {AMBIENT}",
+    ),
+)
+# By what repair does with a broken pod; to repair it in place needs no right of its own.
+REPAIR_RIGHTS = {
+    Mode.DELETE: Right(
+        "delete",
+        PODS,
+        "repair by deletion",
+        Weight.DEGRADES,
+        without="broken pods stay as they are, and are told by Event and metric",
+        chart=f"{REPAIR} with repair.deletePods=true, repair.repairPods=false",
+    ),
+    Mode.LABEL: Right(
+        "patch",
+        PODS,
+        "labels at broken pods",
+        Weight.DEGRADES,
+        subresource="status",
+        without="broken pods get no label, and are told by Event and metric",
+        chart=f"{REPAIR} with repair.labelPods=true, repair.repairPods=false, repair.deletePods=false",
+    ),
+}
+# What the roles of Istio's chart grant beside these, and this agent never asks for.
+UNUSED = ("list nodes", "watch nodes", "patch events", "update pods/status")
+
+
+def wanted(*, ambient: bool, repair: Mode | None = None) -> tuple[Right, ...]:
     """The rights of an agent in that mode; what asks for each of them is kube.client's caller of the same name."""
-    pods = "knowing which pods of this node belong to the mesh"
-    found = [Right(verb, PODS, pods) for verb in ("get", "list", "watch")]
-    if ambient:
-        labels = "knowing which namespaces are in ambient mode"
-        found += [Right(verb, NAMESPACES, labels) for verb in ("get", "list", "watch")]
-        found.append(Right("patch", PODS, "telling the mesh which pods are captured", subresource="status"))
-    departure = "telling at the end whether the agent was taken off this node"
-    return (
-        *found,
-        Right("create", EVENTS, "Events at pods that cannot join the mesh", Weight.DEGRADES),
-        Right("get", NODES, departure, Weight.HELPS),
-        Right("get", DAEMONSETS, departure, Weight.HELPS, name=istio.DAEMONSET_NAME),
-    )
+    found = [*PODS_RIGHTS, *(AMBIENT_RIGHTS if ambient else ())]
+    if repair in REPAIR_RIGHTS and str(REPAIR_RIGHTS[repair]) not in map(str, found):
+        found.append(REPAIR_RIGHTS[repair])
+    return (*found, EVENTS_RIGHT, *DEPARTURE_RIGHTS)
 
 
 class Asks(Protocol):

@@ -49,7 +49,9 @@ def _as_text(document: Mapping[str, Any]) -> str:
     if document["missingCapabilities"]:
         rows.append(("privileges", document["missingCapabilities"]))
     missing = document.get("missing")
-    rows += [("degraded", text) for text in missing["degrades"]] if missing else []
+    if missing:
+        rows += [("degraded", text) for text in missing["degrades"]]
+        rows += [("without", _right_text(right)) for right in missing.get("rights", ()) if right["weight"] == "helps"]
     lines = [f"{name:<10} {text}" for name, text in rows]
     ambient = _ambient(document.get("ambient"))
     return "\n".join([*lines, "", *_remedy(missing), *ambient, *_adds(document["adds"])])
@@ -57,7 +59,11 @@ def _as_text(document: Mapping[str, Any]) -> str:
 
 def _remedy(missing: Mapping[str, Any] | None) -> list[str]:
     """What to put into the agent's manifest."""
-    return ["to be put into the manifest:", *missing["yaml"].splitlines(), ""] if missing else []
+    return ["to be put into the manifest:", *missing["yaml"].splitlines(), ""] if missing and missing["yaml"] else []
+
+
+def _right_text(right: Mapping[str, str]) -> str:
+    return f"{right['right']}: {right['without']} (granted by the chart: {right['chart']})"
 
 
 def _ambient(ambient: Mapping[str, Any] | None) -> list[str]:
