@@ -54,7 +54,7 @@ def build(toolchain: Toolchain, architecture: str, repository: Path = REPOSITORY
     tools = tools_for(architecture)
     plugin = {name: path.read_bytes() for name, path in recipe.files(repository).items()}
     return Binaries(
-        plugin=_executable(toolchain, plugin, recipe.commands(tools, MAP), "istio-cni"),
+        plugin=_executable(toolchain, plugin, recipe.commands(tools), "istio-cni"),
         trampoline=_executable(toolchain, _sources(native, "trampoline"), trampoline_commands(tools), "trampoline"),
         launcher=_executable(toolchain, _sources(native, "launcher", "inittab"), launcher_commands(tools), "launcher"),
         enter_userns=_executable(

@@ -12,6 +12,8 @@ WARN = ("-Wall", "-Wextra", "-Wno-missing-field-initializers")
 # Packed relative relocations take 5 KB instead of 100, which each start has to read.
 LINK = ("-s", "-Wl,--gc-sections,--build-id=none,-z,pack-relative-relocs,-z,relro,-z,now,-z,noexecstack")
 
+LINK_PLUGIN = ("-Wl,--wrap=OPENSSL_cpuid_setup", "-Wl,-Map,link.map")
+
 
 @dataclass(frozen=True)
 class Tools:
@@ -31,14 +33,15 @@ class Tools:
 def files(root: Path) -> dict[str, Path]:
     """Name in the folder of the build -> file of the repository: all that is compiled in or says how."""
     native, source = root / "native" / "plugin", root / "src"
-    paths = [*native.glob("*.c"), *native.glob("freeze.py"), *native.glob("stubs/*.py")]
+    scripts = [native / "freeze.py", native / "postpone.py"]
+    paths = [*native.glob("*.c"), *scripts, *native.glob("stubs/**/*.py")]
     found = {str(path.relative_to(native)): path for path in sorted(paths)}
     modules = (freeze.module_path(source, name)[0] for name in (*freeze.MODULES, freeze.ENTRY))
     return found | {f"src/{path.relative_to(source)}": path for path in modules}
 
 
-def commands(tools: Tools, *link_options: str) -> tuple[tuple[str, ...], ...]:
-    """The commands that make `istio-cni` in a folder that holds `files`.
+def commands(tools: Tools) -> tuple[tuple[str, ...], ...]:
+    """The commands that make `istio-cni`, and `link.map` beside it, in a folder that holds `files`.
 
     They name relative paths only, so that no path of the machine can get into the executable.
     """
@@ -46,9 +49,11 @@ def commands(tools: Tools, *link_options: str) -> tuple[tuple[str, ...], ...]:
         (tools.interpreter, "-I", "-X", "no_debug_ranges", "freeze.py", "src", "stubs", "frozen.c"),
         tools.compile("main.c", *WARN),
         tools.compile("slim.c", *WARN),
+        tools.compile("tls.c", *WARN),
         tools.compile("frozen.c"),
         (
-            *(*tools.compiler, "-static-pie", *LINK, *link_options, "-o", "istio-cni"),
-            *("main.o", "slim.o", "frozen.o", tools.library, "-lz", "-lm"),
+            *(*tools.compiler, "-static-pie", *LINK, *LINK_PLUGIN, "-o", "istio-cni"),
+            *("main.o", "slim.o", "tls.o", "frozen.o", tools.library, "-lssl", "-lcrypto", "-lz", "-lm"),
         ),
+        (tools.interpreter, "-I", "postpone.py", "istio-cni", "link.map"),
     )

@@ -41,8 +41,8 @@ int _Py_Deepfreeze_Init(void) { return 0; }
 void _Py_Deepfreeze_Fini(void) {}
 #endif
 
-/* _codecs is for the stub of encodings; the others are what the plugin imports. */
-#define MODULES(M) M(_codecs) M(posix) M(_socket) M(fcntl) M(time)
+/* _codecs is for the stub of encodings; the others are what the plugin imports; _tls is ours. */
+#define MODULES(M) M(_codecs) M(posix) M(_socket) M(fcntl) M(time) M(_tls)
 
 #define DECLARE(name) extern PyObject *PyInit_##name(void);
 #define ENTRY(name) {#name, PyInit_##name},

@@ -110,12 +110,12 @@ VARIABLES = {
         "K8S_POD_NAME==",
     ],
 }
-REPLIES: list[bytes | Exception | None] = [
+REPLIES: list[bytes | str | Exception] = [
     encode_reply(accepted("sidecar", "r", "m")),
     encode_reply(accepted("skip", "r")),
     encode_reply(refused(11, "no", "wait")),
     encode_reply(refused(7, "no")),
-    None,
+    "nobody needs to be asked",
     b"",
     b"{",
     b"\xff" * 100,

@@ -17,7 +17,7 @@ from meshcni.pods.selectors import to_objects
 from meshcni.rules.model import Backend
 
 HEALED_WITHIN_SECONDS = 60  # what drifts is to be healed within a minute
-CONF_KEYS = ("agent_wait_seconds",)  # settings of ours that the plugin needs: in the conf when not at their default
+CONF_KEYS = ("agent_wait_seconds", "system_namespace")  # ours, for the plugin: in the conf when not at their default
 
 
 def install_config(settings: Settings, plugin_log_level: str) -> InstallConfig:

@@ -49,6 +49,7 @@ CONF_KEYS: dict[str, type] = {
     "native_nftables": bool,
     "enable_ambient_detection_retry": bool,
     "agent_wait_seconds": float,  # ours: how long an ADD waits for the agent
+    "system_namespace": str,  # ours: the control plane's, in which ztunnel is no pod of the mesh
 }
 _TYPE_NAMES = {
     str: "a string",
@@ -72,16 +73,37 @@ _MAX_RUN_DIR_BYTES = 107 - len("/" + istio.AGENT_SOCKET_NAME)  # sun_path of soc
 class Conf:
     """The entry of the conf that belongs to us, as far as the plugin acts on it."""
 
-    __slots__ = ("agent_wait_seconds", "exclude_namespaces", "log_level", "pod_namespace", "run_dir")
+    __slots__ = (
+        "agent_wait_seconds",
+        "ambient_enabled",
+        "enablement_selectors",
+        "exclude_namespaces",
+        "log_level",
+        "pod_namespace",
+        "run_dir",
+        "system_namespace",
+    )
 
     def __init__(
-        self, run_dir: str, log_level: str, pod_namespace: str, exclude_namespaces: list[str], agent_wait_seconds: float
+        self,
+        run_dir: str,
+        log_level: str,
+        pod_namespace: str,
+        exclude_namespaces: list[str],
+        agent_wait_seconds: float,
+        ambient_enabled: bool | None = None,
+        enablement_selectors: object = None,
+        system_namespace: str = "",
     ) -> None:
+        """The last three, as they stand in the conf, are only looked at when the agent is down."""
         self.run_dir = run_dir
         self.log_level = log_level
         self.pod_namespace = pod_namespace
         self.exclude_namespaces = exclude_namespaces
         self.agent_wait_seconds = agent_wait_seconds
+        self.ambient_enabled = ambient_enabled
+        self.enablement_selectors = enablement_selectors
+        self.system_namespace = system_namespace
 
 
 class Request:
@@ -252,6 +274,9 @@ def _conf(members: dict[str, object]) -> Conf:
         pod_namespace=str(members.get("pod_namespace", "")),
         exclude_namespaces=excluded,
         agent_wait_seconds=float(wait),
+        ambient_enabled=ambient if isinstance(ambient := members.get("ambient_enabled"), bool) else None,
+        enablement_selectors=members.get("enablement_selectors"),
+        system_namespace=str(members.get("system_namespace", "")),
     )
 
 

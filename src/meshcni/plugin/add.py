@@ -63,9 +63,9 @@ def _hand_over(request: Request, effects: Effects) -> None:
             f"netns {request.netns!r} is the one {PLUGIN_NAME} itself runs in, not a pod's",
             "CNI_NETNS must be the path of the pod's network namespace; CNI_NETNS_OVERRIDE=1 lifts this check",
         )
-    answer = effects.ask_agent(request.conf.run_dir, message, netns, request.conf.agent_wait_seconds)
-    if answer is None:
-        _log(effects, request, "warn", "passes through: the node agent was uninstalled, a conf still names istio-cni")
+    answer = effects.ask_agent(request, message, netns)
+    if isinstance(answer, str):
+        _log(effects, request, "warn", f"passes through: {answer}")
         return
     reply = decode_reply(answer)
     if not reply.ok:

@@ -3,6 +3,7 @@
 import fcntl
 import posix
 
+from meshcni.cni.spec import Request
 from meshcni.errors import CNI_IO_FAILURE, CniInputError, NetnsError
 from meshcni.istio import OWN_NETNS
 
@@ -58,11 +59,11 @@ class Effects:
         given = posix.fstat(netns)
         return (own.st_dev, own.st_ino) == (given.st_dev, given.st_ino)
 
-    def ask_agent(self, run_dir: str, message: bytes, netns: int, wait_seconds: float) -> bytes | None:
-        """The agent's reply; None when it was uninstalled. See agentcall.ask_agent."""
+    def ask_agent(self, request: Request, message: bytes, netns: int) -> bytes | str:
+        """The agent's reply, or in words why the pod may start without one. See agentcall.ask_agent."""
         from meshcni.plugin.agentcall import ask_agent  # not loaded by ADDs that are decided without the agent
 
-        return ask_agent(run_dir, message, netns, wait_seconds)
+        return ask_agent(request, message, netns)
 
     def log(self, run_dir: str, threshold: str, level: str, message: str, pod: str) -> None:
         """One log line. See log.write_log."""

@@ -1,6 +1,7 @@
 """Who is in the mesh: one decision per pod, with the reason and the value that decided.
 
 Upstream: cni/pkg/plugin/plugin.go, cni/pkg/util/podutil.go. Where we differ, the reason is beside the check.
+The plugin decides with this too, so no more of the standard library may be used than native/plugin/stubs has.
 """
 
 from __future__ import annotations

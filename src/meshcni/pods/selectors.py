@@ -1,11 +1,11 @@
 """Kubernetes label selectors, and the list of them that says which pods ambient mode takes.
 
 Sources: apimachinery `pkg/apis/meta/v1` (LabelSelectorAsSelector) and `pkg/labels`; istio `cni/pkg/util/podutil.go`.
+The plugin decides with this too, so no more of the standard library may be used than native/plugin/stubs has.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -14,9 +14,10 @@ from typing import Any, Final
 from meshcni.errors import SettingError
 
 SETTING: Final = "AMBIENT_ENABLEMENT_SELECTOR"
-_NAME: Final = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", re.ASCII)
-_DNS_LABEL: Final = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
-_PREFIX: Final = re.compile(rf"{_DNS_LABEL}(?:\.{_DNS_LABEL})*", re.ASCII)
+_LOWER: Final = "abcdefghijklmnopqrstuvwxyz0123456789"
+_ALPHANUMERIC: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + _LOWER
+_MAX_NAME: Final = 63
+_MAX_PREFIX: Final = 253
 
 
 class Operator(Enum):
@@ -124,17 +125,30 @@ def _text(value: object, path: str) -> str:
     raise SettingError(f"{path} is {value!r}, expected a string", "quote the value")
 
 
+def _is_word(text: str, ends: str, inner: str) -> bool:
+    """Whether the first and the last character are of `ends` and those between of these or of `inner`."""
+    return bool(text) and text[0] in ends and text[-1] in ends and not text.strip(ends + inner)
+
+
+def _is_name(text: str) -> bool:
+    return len(text) <= _MAX_NAME and _is_word(text, _ALPHANUMERIC, "-_.")
+
+
+def _is_domain(text: str) -> bool:
+    return len(text) <= _MAX_PREFIX and all(_is_word(label, _LOWER, "-") for label in text.split("."))
+
+
 def _key(value: object, path: str) -> str:
     key = _text(value, path)
     prefix, slash, name = key.rpartition("/")
-    if not _NAME.fullmatch(name) or (slash and (not _PREFIX.fullmatch(prefix) or len(prefix) > 253)):
+    if not _is_name(name) or (slash and not _is_domain(prefix)):
         raise SettingError(f"{path}: {key!r} is no label key", "a key is NAME or DOMAIN/NAME, like istio.io/rev")
     return key
 
 
 def _value(value: object, path: str) -> str:
     text = _text(value, path)
-    if text and not _NAME.fullmatch(text):
+    if text and not _is_name(text):
         raise SettingError(
             f"{path}: {text!r} is no label value",
             "a value has at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends",

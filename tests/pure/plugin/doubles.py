@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from meshcni.cni.spec import Request
 from meshcni.errors import NetnsError
 from meshcni.plugin.effects import Effects
 from meshcni.protocols.podadd import accepted, encode_reply
@@ -16,7 +17,7 @@ class RecordedEffects(Effects):
     def __init__(
         self,
         stdin: bytes = b"",
-        reply: bytes | Exception | None = SIDECAR,
+        reply: bytes | str | Exception = SIDECAR,
         netns_paths: tuple[str, ...] = ("/run/netns/pod",),
         own_netns: bool = False,
     ) -> None:
@@ -42,7 +43,7 @@ class RecordedEffects(Effects):
         assert netns == NETNS
         return self.own_netns
 
-    def ask_agent(self, run_dir: str, message: bytes, netns: int, wait_seconds: float) -> bytes | None:
+    def ask_agent(self, request: Request, message: bytes, netns: int) -> bytes | str:
         assert netns == NETNS
         self.done.append("agent")
         self.messages.append(message)

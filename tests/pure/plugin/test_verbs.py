@@ -136,7 +136,7 @@ def test_no_agent_is_code_11_with_a_hint() -> None:
 
 
 def test_an_uninstalled_agent_lets_pods_start_with_a_warning() -> None:
-    effects = RecordedEffects(stdin=conf(), reply=None)
+    effects = RecordedEffects(stdin=conf(), reply="the node agent was uninstalled")
     assert run(environ(), effects)[0] == 0
     assert [level for level, _ in effects.logged] == ["warn"]
 

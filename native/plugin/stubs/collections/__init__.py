@@ -1,0 +1,1 @@
+# Stands in for collections, for the sake of collections.abc.
