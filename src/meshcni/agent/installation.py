@@ -7,6 +7,7 @@ a host without the binary gets no conf entry, because the runtime could start no
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import threading
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from meshcni import istio
+from meshcni.agent import platforms
 from meshcni.cni import conf
 from meshcni.cni.confplan import Assessment, ConfDir, ConfPolicy, assess, removal
 from meshcni.cni.kubeconfig import RESULT as KUBECONFIG_FAILURE
@@ -62,6 +64,7 @@ class InstallConfig:
     api_port: str = ""  # KUBERNETES_SERVICE_PORT
     uninstall_removes_binary: bool = False  # UNINSTALL_REMOVES_BINARY
     resync_seconds: float = 60.0
+    host_root: str = ""  # where the host's file system is seen, for hints; empty: nowhere
 
     @property
     def kubeconfig_path(self) -> str:
@@ -251,9 +254,10 @@ class Installation:
         missing = sorted(one for one in types if not any(os.path.exists(os.path.join(base, one)) for base in dirs))
         if not missing or not os.path.isdir(dirs[0]):
             return ()
+        hint = platforms.hint_for_plugins(self.config.host_root, missing)
         return (
-            f"{target} names {', '.join(missing)}, not found in {', '.join(dirs)}: "
-            "the runtime may use another directory for plugins (chart values global.platform, cniBinDir)",
+            f"{target} names {', '.join(missing)}, not found in {', '.join(dirs)}: the runtime seems to use another "
+            f"directory for plugins, and would not find ours; {hint}",
         )
 
     # --- backups of converted files -----------------------------------------------------------------------------------
@@ -369,9 +373,15 @@ def _failing_as(result: str, action: str) -> Iterator[None]:
     except MeshCniError as error:
         raise InstallError(result, f"{action}: {error.message}", error.hint) from error
     except OSError as error:
-        raise InstallError(result, f"{action}: {error}", files.hint(error)) from error
+        raise InstallError(result, f"{action}: {error}", _hint(error)) from error
     except UnicodeDecodeError as error:
         raise InstallError(result, f"{action}: the token is no text: {error}") from error
+
+
+def _hint(error: OSError) -> str:
+    if error.errno == errno.EROFS and error.filename:
+        return platforms.hint_for_read_only(os.path.dirname(os.fsdecode(error.filename)))
+    return files.hint(error)
 
 
 def _identity(*paths: str) -> tuple[object, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -11,8 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from meshcni import istio
+from meshcni.agent import platforms
 from meshcni.agent.installation import SUCCESS, Installation, InstallConfig, Outcome
 from meshcni.cni import conf
+from meshcni.errors import MeshCniError
+from meshcni.host import files
 from meshcni.host.files import TEMP_MARK
 from meshcni.host.inotify import DirectoryWatch
 
@@ -36,8 +40,27 @@ FIGHT_HINTS = (
         "calico-node writes it anew when it starts; ISTIO_OWNED_CNI_CONFIG=true keeps a copy of our own",
     ),
     ("multus", "Multus writes its conf anew; name the file it delegates to with CNI_CONF_NAME"),
+    (
+        "flannel",
+        "kube-flannel copies its conf there when it starts; ISTIO_OWNED_CNI_CONFIG=true keeps a copy of our own",
+    ),
+    ("ptp", "kindnet writes its conf anew; ISTIO_OWNED_CNI_CONFIG=true keeps a copy of our own"),
     ("", "find out who writes it; ISTIO_OWNED_CNI_CONFIG=true keeps our entry in a file of our own"),
 )
+
+
+def fight_hint(path: str) -> str:
+    """Who may be changing the conf at `path`, by its name, its plugins and what lies beside it, and what to tell them.
+
+    Cilium, when it is exclusive, renames the confs of others to `*.cilium_bak`.
+    """
+    texts = [os.path.basename(path).lower()]
+    with contextlib.suppress(OSError):
+        texts += ["cilium" for name in os.listdir(os.path.dirname(path)) if name.endswith(".cilium_bak")]
+    with contextlib.suppress(OSError, MeshCniError):
+        document = conf.as_list(os.path.basename(path), files.read(path)[0])
+        texts += [str(plugin.get("type")).lower() for plugin in conf.foreign_part(document)["plugins"]]
+    return next(text for part, text in FIGHT_HINTS if any(part in found for found in texts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +76,7 @@ class InstallStatus:
     conf_path: str = ""  # the file that carries our entry, as the agent sees it; empty when none does
     installs: int = 0  # times something was written
     conf_fights: int = 0  # times our entry was put back because somebody else had removed or changed it
+    contested: str = ""  # the last time somebody did so again and again: when, which file, who it may be
 
 
 @dataclass(slots=True)
@@ -68,7 +92,8 @@ class Installer:
     """`run()` installs and watches until cancelled; `uninstall()` takes everything away again.
 
     While `superseded()` nothing is written: two agents on one node (a rollout with maxSurge) would undo each other's
-    work without end. Raises SettingError at once when a conf name can never work.
+    work without end. `sandboxes` tells how many pods of this node have got a network. Raises SettingError at once when
+    a conf name can never work.
     """
 
     def __init__(
@@ -77,12 +102,14 @@ class Installer:
         callbacks: Callbacks | None = None,
         *,
         superseded: Callable[[], bool] = lambda: False,
+        sandboxes: Callable[[], int] = lambda: 0,
     ) -> None:
         self.config = config
         self.callbacks = callbacks or Callbacks()
         self.status = InstallStatus()
         self.installed = asyncio.Event()  # set once everything was in place for the first time
         self._superseded = superseded
+        self._sandboxes = sandboxes
         self._installation = Installation(config)
         self._wake = asyncio.Event()
         self._watch = DirectoryWatch(self._changed)
@@ -190,6 +217,7 @@ class Installer:
         if ready and (outcome.wrote or not self.status.ready):
             self.callbacks.result(SUCCESS)
         before = self.status
+        outcome.notes += self._notes_on_directory(outcome)
         for text in (*outcome.reasons, *outcome.notes):
             if text not in (*before.reasons, *before.notes):
                 log.warning("%s", text)
@@ -203,6 +231,7 @@ class Installer:
                 conf_path=outcome.conf_path,
                 installs=before.installs + bool(outcome.wrote),
                 conf_fights=before.conf_fights + outcome.repairs,
+                contested=before.contested,
             )
         )
         if outcome.held_back_seconds:
@@ -214,8 +243,23 @@ class Installer:
         if self._last_look - self._last_fight_warning < FIGHT_WARNING_SECONDS:
             return
         self._last_fight_warning = self._last_look
-        hint = next(text for part, text in FIGHT_HINTS if part in os.path.basename(path).lower())
+        hint = fight_hint(path)
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._set_status(replace(self.status, contested=f"{path}, last at {at}: {hint}"))
         self.callbacks.fight(path, hint)
+
+    def _notes_on_directory(self, outcome: Outcome) -> tuple[str, ...]:
+        """Pods have got a network from a conf that is not here."""
+        config = self.config
+        if outcome.conf_path or outcome.failures or not outcome.waiting or not config.chained:
+            return ()
+        count = 0 if config.conf_name else self._sandboxes()
+        if not count:
+            return ()
+        return (
+            f"{count} pods of this node have a network, and there is no usable conf in {config.conf_dir}: the runtime "
+            f"seems to read another directory; {platforms.hint_for_confs(config.host_root)}",
+        )
 
     def _set_status(self, status: InstallStatus) -> None:
         if status != self.status:
