@@ -31,8 +31,10 @@ from meshcni.agent.podadds import PodAdds
 from meshcni.agent.podlookup import PodLookup
 from meshcni.agent.prerequisites import Prerequisites
 from meshcni.agent.programming import Programmer
+from meshcni.agent.repairwiring import make_healer, make_repairer
 from meshcni.agent.serving import Serving
 from meshcni.agent.settings import Settings
+from meshcni.agent.sidecarwiring import make_sidecars
 from meshcni.agent.socketservices import EventService, LogService
 from meshcni.agent.status import snapshot
 from meshcni.agent.web import JSON, Request, Response
@@ -52,6 +54,7 @@ WORKER_THREADS = 4  # for blocking file work; programming has threads of its own
 GAUGE_SECONDS = 5.0
 METRICS_PATH = "/metrics"
 DRAIN_SECONDS = 5.0
+LOOKING_AFTER = ("repair", "sidecars")  # parts that change pods by themselves
 AMBIENT_MOUNTS = (hostmounts.RUN, hostmounts.PROC, hostmounts.ZTUNNEL)  # without them no pod can be enrolled
 
 
@@ -99,6 +102,13 @@ class Agent:
             )
             self.pods.subscribe(self.ambient.pod_changed)
             self.namespaces.subscribe(self.ambient.namespace_changed)
+        self.healer = make_healer(settings, self.pods, self.programmer)
+        self.repairer = make_repairer(settings, self.pods, self.healer, self.api, self.events, self.metrics)
+        self.sidecars = make_sidecars(
+            settings, self.pods, self.healer, self.events, self.metrics, self.prerequisites, self.sockets.taken
+        )
+        if self.sidecars is not None:
+            self.pods.subscribe(self.sidecars.pod_changed)
         self.adds = PodAdds(
             self.lookup,
             wiring.policy(settings),
@@ -107,6 +117,7 @@ class Agent:
             warn=self.events.warn,
             environment=settings.rule_environment,
             enroll=self.ambient.add if self.ambient else None,
+            programmed=self.sidecars.programmed if self.sidecars else lambda pod: None,
         )
         self.add_server = AddServer(self.adds.handle, self.serving.refusals("agent"))
         self.ending = Ending(
@@ -118,7 +129,7 @@ class Agent:
             self.installer,
             self.ambient,
             self.pods.synced.is_set,
-            self._stop_installing,
+            lambda: self._stop("installer", *LOOKING_AFTER),
         )
         self.heartbeat = Heartbeat(settings.liveness_stale_seconds, lambda lag: self.metrics.set(m.EVENT_LOOP_LAG, lag))
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -162,6 +173,10 @@ class Agent:
         self._spawn("pods", self.pods.run())
         if self.namespaces is not None:
             self._spawn("namespaces", self.namespaces.run())
+        if self.repairer is not None:
+            self._spawn("repair", self.repairer.run())
+        if self.sidecars is not None and not self.sidecars.trouble:
+            self._spawn("sidecars", self.sidecars.run())
         self._spawn("heartbeat", self.heartbeat.run())
         self._spawn("gauges", self._gauges())
         self._spawn("run-dir", self._look_after(Path(settings.cni_agent_run_dir, istio.PLUGIN_LOG_NAME)))
@@ -217,12 +232,13 @@ class Agent:
         self._stopping = name
         self._end.set()
 
-    async def _stop_installing(self) -> None:
-        """Write no files any more."""
-        task = self._tasks.pop("installer", None)
-        if task is not None:
+    async def _stop(self, *names: str) -> bool:
+        """End parts before the agent ends; tells whether there was one."""
+        parts = [task for name in names if (task := self._tasks.pop(name, None)) is not None]
+        for task in parts:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(*parts, return_exceptions=True)
+        return bool(parts)
 
     async def _close(self) -> None:
         accepting = self._tasks.get("add-server")
@@ -288,6 +304,8 @@ class Agent:
             missing_capabilities=complaint(missing_capabilities()),
             missing=self.prerequisites.as_object(),
             ambient=self.ambient.status() if self.ambient is not None else None,
+            sidecars=self.sidecars.status() if self.sidecars is not None else None,
+            repair=self.repairer.status() if self.repairer is not None else None,
         )
         return Response(200, json.dumps(document, default=str).encode() + b"\n", JSON)
 
@@ -295,8 +313,10 @@ class Agent:
 
     def _install_changed(self, status: InstallStatus) -> None:
         self.metrics.set(m.INSTALL_READY, status.ready)
-        if status.ready and not self._installed and self.ambient is not None:
-            self.ambient.conf_in_place()
+        if status.ready and not self._installed:
+            for part in (self.ambient, self.sidecars):
+                if part is not None:
+                    part.conf_in_place()
         self._installed = status.ready
         self.metrics.set(m.INSTALL_TROUBLES, len(status.reasons), kind="blocking")
         self.metrics.set(m.INSTALL_TROUBLES, len(status.notes), kind="note")
@@ -304,8 +324,9 @@ class Agent:
         self._conf_fights = status.conf_fights
 
     def _measure(self) -> None:
-        if self.ambient is not None:
-            self.ambient.measure()
+        for part in (self.ambient, self.sidecars):
+            if part is not None:
+                part.measure()
         for informer in (self.pods, self.namespaces):
             if informer is not None:
                 self.metrics.set(m.WATCH_SYNCED, informer.synced.is_set(), resource=informer.name)
@@ -318,26 +339,22 @@ class Agent:
         while True:
             await asyncio.sleep(rundir.LOOK_SECONDS)
             self.sockets.check()
-            if self.ambient is not None and self.sockets.taken():
-                await self._hand_over(self.ambient)
+            if self.sockets.taken():
+                await self._hand_over()
             try:
                 rundir.rotate(plugin_log)
             except OSError as error:
                 log.warning("the plugins' log cannot be put aside: %s", error)
 
-    async def _hand_over(self, ambient: Ambient) -> None:
+    async def _hand_over(self) -> None:
         """Leave pods, host and ztunnel, which then connects to it, to the agent that started after us.
 
         What that one enrols is not known here, so we would call it wrong and take it away.
         """
-        parts = [task for name in ("ztunnel", "ambient") if (task := self._tasks.pop(name, None)) is not None]
-        if not parts:
-            return
-        log.info("another agent serves this node now: ambient mode is left to it")
-        for task in parts:
-            task.cancel()
-        await asyncio.gather(*parts, return_exceptions=True)
-        await ambient.close()
+        await self._stop(*LOOKING_AFTER)
+        if self.ambient is not None and await self._stop("ztunnel", "ambient"):
+            log.info("another agent serves this node now: ambient mode is left to it")
+            await self.ambient.close()
 
     async def _gauges(self) -> None:
         """What must be looked at now and then; once ready, everything made so far is left out of collections."""

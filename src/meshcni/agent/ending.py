@@ -42,7 +42,7 @@ class Ending:
     installer: Installer
     ambient: Ambient | None
     pods_known: Callable[[], bool]
-    stop_installing: Callable[[], Awaitable[None]]
+    stop_installing: Callable[[], Awaitable[object]]
 
     async def end(self) -> int:
         """Decide, and clean up if so decided; returns the exit status."""

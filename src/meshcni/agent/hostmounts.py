@@ -51,7 +51,7 @@ def wanted(settings: Settings) -> tuple[Mount, ...]:
               "the container runtime finds the plugin there"),
         Mount(PROC, settings.host_proc_dir or istio.HOST_PROC, "/proc",
               "finding the network namespaces of running pods and of the host" if settings.ambient_enabled
-              else "looking at the host's own iptables rules and network namespace",
+              else "looking at the host's own iptables rules, and at running sidecar pods that are not captured",
               Weight.STOPS if settings.ambient_enabled else Weight.DEGRADES, kind="Directory", read_only=True),
         Mount(CONF, settings.mounted_cni_net_dir, _on_host(settings.mounted_cni_net_dir, "/etc/cni/net.d"),
               "the container runtime reads there that it is to call the plugin"),

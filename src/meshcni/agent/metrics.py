@@ -192,6 +192,30 @@ ZDS_CLOSED = Metric(
     "eof, transport, hello-timeout, write-timeout, ack-timeout, unsolicited, second-hello, malformed, oversized, "
     "descriptors, crowded, snapshot, stopped",
 )
+SIDECAR_EXPECTED = Metric(
+    "istio_cni_sidecar_pods_expected", Type.GAUGE, "running sidecar pods of this node, which should be captured"
+)
+SIDECAR_PODS = Metric(
+    "istio_cni_sidecar_pods",
+    Type.GAUGE,
+    "running sidecar pods of this node by how they were when last looked at",
+    ("state",),
+    "captured, otherwise (captured, by other rules than an ADD would make now), uncaptured, unknown (not looked at)",
+)
+SIDECAR_DRIFT = Metric(
+    "istio_cni_sidecar_drift_total",
+    Type.COUNTER,
+    "times that the redirection of a running sidecar pod was not in place, and what was done",
+    ("cause", "result"),
+    "cause: early (older than the conf), plugin-not-called, new-sandbox, removed (while it ran), incomplete; "
+    "result: healed, reported, failed",
+)
+SIDECAR_VERIFICATION = Metric(
+    "istio_cni_sidecar_verification_seconds",
+    Type.HISTOGRAM,
+    "time that a look at all running sidecar pods took, most of it pauses",
+    buckets=ROUND_SECONDS,
+)
 BACKEND = Metric(
     "istio_cni_backend_info",
     Type.GAUGE,

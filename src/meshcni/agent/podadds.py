@@ -101,7 +101,10 @@ class AddRefusedError(MeshCniError):
 
 
 class PodAdds:
-    """Handles ADDs, any number at once; `program` puts rules into a netns, `warn` posts an Event on a pod."""
+    """Handles ADDs, any number at once; `program` puts rules into a netns, `warn` posts an Event on a pod.
+
+    `programmed` hears of each sidecar pod that got its rules.
+    """
 
     def __init__(
         self,
@@ -113,9 +116,11 @@ class PodAdds:
         warn: Warn,
         environment: Mapping[str, str],
         enroll: Enroll | None = None,
+        programmed: Callable[[Pod], None] = lambda pod: None,
     ) -> None:
         self._lookup = lookup
         self._enroll = enroll
+        self._programmed = programmed
         self._policy = policy
         self._program = program
         self._metrics = metrics
@@ -169,6 +174,7 @@ class PodAdds:
         except MeshCniError as error:
             await self._warn(pod, EVENT_REASON, str(error))
             raise
+        self._programmed(pod)
         record.verdict, record.backend, record.variant = "sidecar", applied.backend.value, applied.variant
         record.message = assessment.decision.reason.text
         return accepted("sidecar", record.reason, record.message)

@@ -171,6 +171,10 @@ class Settings:
     agent_wait_seconds: float = _setting(
         20, AGENT_WAIT, PODS, "how long the plugin waits for the agent before the ADD fails; goes into the conf",
         env="AGENT_WAIT_SECONDS", ours=True)
+    sidecar_drift: str = _setting(
+        "heal", choice("heal", "report", "off"), PODS,
+        "running sidecar pods that are not captured: heal: put their rules in place; report: say so; off: do not look",
+        flag="sidecar-reconcile", ours=True)
     outbound_ipv4_loopback_cidr: str = _setting(
         "", LOOPBACK, PODS, "loopback range, for proxies that do not set it", env="ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR")
     outbound_owner_groups: str = _setting(
@@ -287,7 +291,7 @@ class Settings:
         15, SECONDS, AMBIENT, "how long an ADD waits for a ztunnel to connect; below AGENT_WAIT_SECONDS",
         env="AMBIENT_ZTUNNEL_WAIT_SECONDS", ours=True)
     ambient_verify_seconds: float = _setting(
-        45, VERIFY_SECONDS, AMBIENT, "how often enrolled pods and the host's rules are verified",
+        45, VERIFY_SECONDS, AMBIENT, "how often running mesh pods, of sidecars too, and the host's rules are verified",
         env="AMBIENT_VERIFY_SECONDS", ours=True)
     ambient_sandboxed_runtimes: tuple[str, ...] = _setting(
         SANDBOXED_RUNTIMES, PATTERNS, AMBIENT,

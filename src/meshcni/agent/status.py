@@ -27,6 +27,8 @@ def snapshot(
     missing_capabilities: str,
     missing: Mapping[str, object] | None = None,
     ambient: Mapping[str, Any] | None = None,
+    sidecars: Mapping[str, Any] | None = None,
+    repair: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The status document. Keys are stable; times are UTC, durations name their unit."""
     choice = programmer.choice
@@ -49,6 +51,8 @@ def snapshot(
         "missingCapabilities": missing_capabilities,
         "missing": missing,
         "ambient": ambient,
+        "sidecars": sidecars,
+        "repair": repair,
     }
 
 

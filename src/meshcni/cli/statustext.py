@@ -22,6 +22,10 @@ POD_HEADER: Final = (
 )
 
 
+SIDECAR_HEADER: Final = ("SIDECAR POD", "STATE", "NETNS", "RULES", "LAST SEEN CAPTURED", "REASON, OR WHAT WAS MENDED")
+SIDECAR_WORDS: Final = {"otherwise": "captured by other rules than it asks for", "unknown": "not looked at"}
+
+
 def as_text(document: Mapping[str, Any]) -> str:
     """The document for people. Raises AgentFailedError for one that has not what this version knows."""
     try:
@@ -53,8 +57,8 @@ def _as_text(document: Mapping[str, Any]) -> str:
         rows += [("degraded", text) for text in missing["degrades"]]
         rows += [("without", _right_text(right)) for right in missing.get("rights", ()) if right["weight"] == "helps"]
     lines = [f"{name:<10} {text}" for name, text in rows]
-    ambient = _ambient(document.get("ambient"))
-    return "\n".join([*lines, "", *_remedy(missing), *ambient, *_adds(document["adds"])])
+    mesh = [*_ambient(document.get("ambient")), *_sidecars(document.get("sidecars")), *_repair(document.get("repair"))]
+    return "\n".join([*lines, "", *_remedy(missing), *mesh, *_adds(document["adds"])])
 
 
 def _remedy(missing: Mapping[str, Any] | None) -> list[str]:
@@ -80,6 +84,46 @@ def _ambient(ambient: Mapping[str, Any] | None) -> list[str]:
     lines = [f"{name:<10} {text}" for name, text in rows]
     table = ["", *_columns(POD_HEADER, [_ambient_row(pod) for pod in pods])] if pods else []
     return [*lines, *table, ""]
+
+
+def _sidecars(sidecars: Mapping[str, Any] | None) -> list[str]:
+    """Running sidecar pods: how many are how, and each that needs a look or was mended."""
+    if sidecars is None:
+        return []
+    if sidecars["trouble"]:
+        return [f"{'sidecars':<10} are not looked at: {sidecars['trouble']}", ""]
+    pods = sidecars["pods"]
+    states = Counter(pod["state"] for pod in pods)
+    counts = ", ".join(
+        f"{states[state]} {SIDECAR_WORDS.get(state, state)}"
+        for state in sorted(states, key=lambda state: (state != "captured", state))
+    )
+    told = [pod for pod in pods if pod["state"] != "captured" or pod["lastMended"]]
+    told.sort(key=lambda pod: bool(pod["state"] == "captured"))
+    line = f"{'sidecars':<10} {_count(len(pods), 'pod')}{': ' + counts if counts else ' on this node'}"
+    line += f"; what is not captured: {sidecars['mode']}"
+    table = ["", *_columns(SIDECAR_HEADER, [_sidecar_row(pod) for pod in told])] if told else []
+    return [line, *table, ""]
+
+
+def _sidecar_row(pod: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        pod["pod"],
+        pod["state"],
+        str(pod["netnsInode"] or "-"),
+        pod["variant"] or "-",
+        pod["seenCaptured"] or "-",
+        pod["reason"] or (f"mended: {pod['lastMended']}" if pod["lastMended"] else ""),
+    )
+
+
+def _repair(repair: Mapping[str, Any] | None) -> list[str]:
+    """The repair controller, where it has something to do."""
+    if repair is None or not repair["broken"]:
+        return []
+    rows = [f"{'repair':<10} {repair['mode']}: {_count(repair['broken'], 'broken pod')}"]
+    rows += [f"{'':<10} {one['pod']}: {one['cause']}; {one['last'] or 'not treated yet'}" for one in repair["pods"]]
+    return [*rows, ""]
 
 
 def _link_text(link: Mapping[str, Any]) -> str:

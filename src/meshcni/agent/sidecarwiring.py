@@ -1,0 +1,41 @@
+"""From `Settings` to the looking after running sidecar pods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from meshcni.agent import hostmounts
+from meshcni.agent.metrics import Metrics
+from meshcni.agent.prerequisites import Prerequisites
+from meshcni.agent.settings import Settings
+from meshcni.agent.sidecars import Heals, Mode, Pods, PostsEvents, Sidecars
+
+NO_PROCFS = "the host's /proc is not mounted, so the network namespaces of running pods cannot be found"
+
+
+def make_sidecars(
+    settings: Settings,
+    pods: Pods,
+    healer: Heals,
+    events: PostsEvents,
+    metrics: Metrics,
+    prerequisites: Prerequisites,
+    superseded: Callable[[], bool],
+) -> Sidecars | None:
+    """What looks after running sidecar pods; None when that is switched off. `run` it unless it has `trouble`."""
+    mode = Mode(settings.sidecar_drift)
+    if mode is Mode.OFF:
+        return None
+    sidecars = Sidecars(
+        mode,
+        settings.ambient_verify_seconds,
+        pods=pods,
+        healer=healer,
+        events=events,
+        metrics=metrics,
+        may_begin=prerequisites.released,
+        superseded=superseded,
+    )
+    if prerequisites.lacks(hostmounts.PROC):
+        sidecars.trouble = NO_PROCFS  # which prerequisites say in the log, with what to put into the manifest
+    return sidecars
