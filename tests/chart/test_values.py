@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.chart.facts import CASES, DIGEST, HUB, IMAGE_AT, POD, SECURITY, config, volume
+from tests.chart.facts import ANNOTATIONS, APPARMOR, CASES, DIGEST, HUB, IMAGE_AT, POD, SECURITY, config, volume
 from tests.chart.releases import ABSENT, IMAGE, Release, release, releases
 
 
@@ -45,8 +45,11 @@ def test_apparmor_is_turned_off_in_the_way_that_the_api_server_knows() -> None:
     cases = {"annotation": {}, "field": {"useAppArmorAnnotation": False}}
     path = (*SECURITY, "appArmorProfile", "type")
     old, new = releases(cases, "--kube-version=1.29.0"), releases(cases, "--kube-version=1.30.0")
-    assert [old["annotation"].at(path), old["field"].at(path)] == [ABSENT, "Unconfined"]
-    assert [new["annotation"].at(path), new["field"].at(path)] == ["Unconfined", "Unconfined"]
+    annotation = (*ANNOTATIONS, APPARMOR)
+    for name in cases:
+        assert [old[name].at(path), old[name].at(annotation)] == [ABSENT, "unconfined"]
+        assert new[name].at(path) == "Unconfined"
+    assert [new["annotation"].at(annotation), new["field"].at(annotation)] == ["unconfined", ABSENT]
 
 
 def test_values_of_the_command_line() -> None:

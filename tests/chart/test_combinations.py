@@ -1,0 +1,190 @@
+"""What must hold whatever the values are: valid objects, fitting parts, no right too many, settings the agent reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from tests.chart import combinations, original
+from tests.chart.apischemas import complaints
+from tests.chart.combinations import Choice, covering
+from tests.chart.releases import ABSENT, Release, Values, releases, render_together
+
+from meshcni.agent import rights
+from meshcni.agent.resolution import FLAGS, settle
+from meshcni.agent.settings import ROWS, Settings
+from meshcni.pflag import parse
+
+ROWS_OF_VALUES: Mapping[str, Choice] = {"/".join(row): row for row in covering()}
+VALUES: Mapping[str, Values] = {name: combinations.values(row) for name, row in ROWS_OF_VALUES.items()}
+OF_CLUSTER = {"ClusterRole", "ClusterRoleBinding"}
+KNOWN = {variable for row in ROWS for variable in row.variables}
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Release]:
+    return releases(VALUES)
+
+
+def scope(name: str) -> str:
+    return dict(zip(combinations.NAMES, ROWS_OF_VALUES[name], strict=True))["scope"]
+
+
+def with_agent(made: Mapping[str, Release]) -> dict[str, Release]:
+    found = {name: one for name, one in made.items() if one.find("DaemonSet") is not ABSENT}
+    assert found
+    return found
+
+
+def settings(one: Release) -> Settings:
+    """What the agent reads from its environment and its command line. Raises SettingError."""
+    return settle(parse(FLAGS, one.container.get("args", [])), one.environment)
+
+
+def test_every_object_is_valid(made: dict[str, Release]) -> None:
+    assert complaints(one for release in made.values() for one in release.objects) == []
+
+
+def test_every_object_is_valid_for_an_old_kubernetes() -> None:
+    old = releases(VALUES, "--kube-version=1.25.0")
+    assert complaints((one for release in old.values() for one in release.objects), "1.25") == []
+
+
+def test_the_check_of_objects_finds_mistakes() -> None:
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "x"}, "imagePullSecret": []}
+    assert len(complaints([account])) == 1
+
+
+def test_scopes_part_the_objects(made: dict[str, Release]) -> None:
+    for name, one in made.items():
+        of_cluster = {each["kind"] in OF_CLUSTER for each in one.objects}
+        assert of_cluster == {"all": {True, False}, "cluster": {True}, "namespace": {False}}[scope(name)], name
+        for each in one.objects:
+            assert ("namespace" in each["metadata"]) == (each["kind"] not in OF_CLUSTER), (name, each["kind"])
+
+
+def test_two_scopes_make_what_one_release_makes() -> None:
+    whole = {"profile": "ambient", "platform": "openshift", "resourceQuotas": {"enabled": True}}
+    switched = {"networkPolicy": {"enabled": True}}
+    parts = releases({
+        each: {**whole, "global": {**switched, "resourceScope": each}} for each in ("all", "cluster", "namespace")
+    })  # fmt: skip
+    assert parts["cluster"].names | parts["namespace"].names == parts["all"].names
+    assert parts["cluster"].names & parts["namespace"].names == set()
+    assert len(parts["all"].names) == 12
+
+
+def test_what_is_mounted_is_declared_and_the_other_way_round(made: dict[str, Release]) -> None:
+    for name, one in with_agent(made).items():
+        pod = one.at(["DaemonSet", "spec", "template", "spec"])
+        mounted = [each["name"] for each in one.container["volumeMounts"]]
+        assert sorted(mounted) == sorted(each["name"] for each in pod["volumes"]), name
+        assert len({each["mountPath"] for each in one.container["volumeMounts"]}) == len(mounted), name
+
+
+def test_names_that_others_rely_on(made: dict[str, Release]) -> None:
+    for name, one in with_agent(made).items():
+        daemonset = one.find("DaemonSet")
+        assert daemonset["metadata"]["name"] == "istio-cni-node", name
+        labels = daemonset["spec"]["template"]["metadata"]["labels"]
+        assert daemonset["spec"]["selector"]["matchLabels"].items() <= labels.items(), name
+        assert one.at(["DaemonSet", "spec", "template", "spec", "serviceAccountName"]) == "istio-cni", name
+        assert one.container["envFrom"][0]["configMapRef"]["name"] == one.find("ConfigMap")["metadata"]["name"], name
+        assert one.container["securityContext"]["allowPrivilegeEscalation"] is True, name
+        variables = [each["name"] for each in one.container["env"]]
+        assert len(variables) == len(set(variables)), name
+
+
+# --- rights -----------------------------------------------------------------------------------------------------------
+
+
+def test_rights_are_no_more_than_those_of_istios_chart(made: dict[str, Release]) -> None:
+    for name, one in made.items():
+        if scope(name) == "namespace":
+            continue
+        roles = [each for each in one.objects if each["kind"] == "ClusterRole"]
+        allowed = original.rights(combinations.mode(ROWS_OF_VALUES[name]))
+        granted = original.flattened(roles)
+        assert granted - allowed <= {original.OWN_DAEMONSET}, name
+        assert {each["metadata"]["name"] for each in roles} == bound(one), name
+
+
+def bound(one: Release) -> set[str]:
+    """The roles that the agent's account has."""
+    found = set()
+    for each in one.objects:
+        if each["kind"] == "ClusterRoleBinding":
+            account = {"kind": "ServiceAccount", "name": "istio-cni", "namespace": "istio-system"}
+            assert each["subjects"] == [account]
+            found.add(each["roleRef"]["name"])
+    return found
+
+
+def test_rights_are_those_that_the_agent_asks_for(made: dict[str, Release]) -> None:
+    """All of them, but Events, which repair brings."""
+    for name, one in made.items():
+        mode = combinations.mode(ROWS_OF_VALUES[name])
+        if scope(name) == "namespace":
+            continue
+        granted = original.flattened([each for each in one.objects if each["kind"] == "ClusterRole"])
+        for right in rights.wanted(ambient=mode.ambient):
+            asked = (right.resource.group, right.target, right.name or "*", right.verb)
+            assert asked in granted or (right.target == "events" and mode.repair == "off"), (name, str(right))
+
+
+@pytest.mark.parametrize("ambient", [False, True])
+@pytest.mark.parametrize("repair", combinations.REPAIR)
+def test_rights_of_a_mode(repair: str, ambient: bool) -> None:
+    values = {"repair": combinations.REPAIR[repair], "ambient": {"enabled": ambient}}
+    one = releases({"x": values})["x"]
+    wanted = {
+        *(("", "pods", "*", verb) for verb in ("get", "list", "watch")),
+        ("", "nodes", "*", "get"),
+        original.OWN_DAEMONSET,
+    }
+    if ambient:
+        wanted |= {("", "namespaces", "*", verb) for verb in ("get", "list", "watch")}
+        wanted.add(("", "pods/status", "*", "patch"))
+    if repair != "off":
+        wanted.add(("", "events", "*", "create"))
+    if repair == "deletePods":
+        wanted.add(("", "pods", "*", "delete"))
+    if repair == "labelPods":
+        wanted.add(("", "pods/status", "*", "patch"))
+    assert original.flattened([each for each in one.objects if each["kind"] == "ClusterRole"]) == wanted
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_variable_is_a_setting_of_the_agent(made: dict[str, Release]) -> None:
+    for name, one in with_agent(made).items():
+        assert set(one.environment) - KNOWN == set(), name
+
+
+def test_the_agent_reads_what_it_is_given(made: dict[str, Release]) -> None:
+    for name, one in with_agent(made).items():
+        mode, read = combinations.mode(ROWS_OF_VALUES[name]), settings(one)
+        assert read.ambient_enabled == mode.ambient, name
+        assert len(read.ambient_enablement_selector) == 2, name
+        assert read.repair_enabled == (mode.repair != "off"), name
+        ending = one.at(["DaemonSet", "spec", "template", "spec", "terminationGracePeriodSeconds"])
+        assert read.shutdown_grace_seconds < ending, name
+        for probe in ("readinessProbe", "livenessProbe"):
+            assert one.container[probe]["httpGet"]["port"] == read.health_port, name
+
+
+def test_keys_of_the_configmap_are_those_of_istios_chart() -> None:
+    made = releases({
+        "default": {},
+        "names": {"cniConfFileName": "x.conf", "istioOwnedCNIConfigFileName": "00-i.conflist"},
+    })  # fmt: skip
+    names = {"CNI_CONF_NAME", original.OWNED_NAME_KEY, "ISTIO_OWNED_CNI_CONFIG_FILENAME"}
+    assert set(made["default"].find("ConfigMap")["data"]) == original.KEYS
+    assert set(made["names"].find("ConfigMap")["data"]) == original.KEYS | names
+    assert settings(made["names"]).owned_conf_name == "00-i.conflist"
+
+
+def test_the_same_values_make_the_same_text() -> None:
+    some = dict(list(VALUES.items())[:12])
+    assert render_together(some) == render_together(some)
