@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import select
 import shutil
 import subprocess
 import tempfile
@@ -188,6 +189,7 @@ class Node:
         if self._outer is not None:
             self._outer.kill()  # unshare --kill-child passes it on to process 1, whose end ends all others
             self._outer.wait(STOP_SECONDS)
+            wait_ended(self.pid)
             for process in self._processes:
                 process.wait(STOP_SECONDS)
             self._outer, self._processes = None, []
@@ -277,6 +279,18 @@ def only_child(pid: int) -> int:
     """Return the pid of the one child of process `pid`."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return int(text.split()[0])
+
+
+def wait_ended(pid: int) -> None:
+    """Return when process `pid` has ended, which process 1 of a pid namespace does last of all in it."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        select.select([descriptor], [], [], STOP_SECONDS)
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(name: str, folder: Path) -> None:

@@ -23,6 +23,11 @@ from lab.node import CLEAN_ENVIRONMENT, LabError, LabUnavailableError, made_up_n
 READY_SECONDS = 60.0
 COMMAND_SECONDS = 120.0
 POLL_SECONDS = 0.1
+MAKERS = {  # collections of what has pods, by the path of their group
+    "/apis/apps/v1": ("deployments", "statefulsets", "daemonsets", "replicasets"),
+    "/apis/batch/v1": ("jobs",),
+    "/api/v1": ("pods",),
+}
 PROXY_MODES = ("iptables", "nftables")
 
 
@@ -149,8 +154,19 @@ class Cluster:
     def delete_namespace(self, name: str) -> None:
         """Delete a namespace with all in it and return when it is gone."""
         path = f"/api/v1/namespaces/{name}"
+        for group, kinds in MAKERS.items():  # pods last, or they would be made again
+            for kind in kinds:
+                self.api.delete(f"{group}/namespaces/{name}/{kind}")
+        self.wait(f"pods of {name} are gone", lambda: not self.pods(name))  # a namespace waits 5 s for each look
         self.api.delete(path)
         self.wait(f"namespace {name} is gone", lambda: self.api.find(path) is None)
+
+    def restore(self) -> None:
+        """Start whatever is off: API server, nodes, their daemons; return when all nodes are Ready."""
+        self.start_api_server()
+        for node in self.nodes.values():
+            node.start()
+        self.wait_nodes()
 
     def node_of(self, pod: Mapping[str, Any]) -> KubeNode:
         """Return the node that a pod runs on."""
@@ -270,7 +286,7 @@ class Cluster:
         self.control.stop_api_server(number)
 
     def start_api_server(self) -> None:
-        """Start it again and return when it is ready. For about a second service accounts still get 403."""
+        """Start it if it is off, return when it is ready. For about a second service accounts still get 403."""
         self.control.start_api_server()
 
     # --- images -------------------------------------------------------------------------------------------------------

@@ -10,19 +10,26 @@ from lab.node import LabUnavailableError
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """Two nodes, kube-proxy with iptables; a test leaves the nodes running and removes its namespaces."""
+def iptables_cluster() -> Iterator[Cluster]:
     yield from running_cluster()
+
+
+@pytest.fixture
+def cluster(iptables_cluster: Cluster) -> Iterator[Cluster]:
+    """Two nodes, kube-proxy with iptables; shared: a test removes its namespaces, what it switched off is started."""
+    iptables_cluster.restore()
+    yield iptables_cluster
+    iptables_cluster.restore()
 
 
 @pytest.fixture(scope="session")
 def nftables_cluster() -> Iterator[Cluster]:
     """Two nodes, kube-proxy with nftables."""
-    yield from running_cluster(proxy_mode="nftables")
+    yield from running_cluster("nftables")
 
 
-def running_cluster(**options: object) -> Iterator[Cluster]:
-    cluster = Cluster(**options)  # type: ignore[arg-type]
+def running_cluster(proxy_mode: str = "iptables") -> Iterator[Cluster]:
+    cluster = Cluster(proxy_mode=proxy_mode)
     try:
         cluster.__enter__()
     except LabUnavailableError as error:
