@@ -25,7 +25,7 @@ class SidecarRecord:
     """One running sidecar pod. `reason`: why it is not simply captured; `mended`: what was wrong when it was healed.
 
     `seen_at` is when (UTC) it was last seen captured, by an agent of this life; `early`: it ran before the conf was
-    seen in place. `told` is what people were told last, `attempts` counts looks in a row that found no netns or did not mend.
+    seen in place. `told` is what people were told last, `attempts` counts looks in a row that did not help.
     """
 
     pod: Pod
