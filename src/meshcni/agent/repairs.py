@@ -21,7 +21,7 @@ from meshcni.errors import KubeError
 from meshcni.kube.failures import ApiError
 from meshcni.pods.enrollment import NetnsId
 from meshcni.pods.model import Pod
-from meshcni.pods.repair import DELETE_SETTING, LABEL_SETTING, Action, Broken, Mode, treat
+from meshcni.pods.repair import Action, Broken, Mode, treat
 
 log = logging.getLogger("meshcni.agent.repair")
 
@@ -33,8 +33,8 @@ DELETE_BURST = 10.0  # pods of a node at once, and then one in
 DELETE_SECONDS = 6.0  # so many: whatever breaks every new pod must not make a storm
 # What a 403 means: the chart's role has one of these rules, for the first mode that is on.
 GRANTS: Final = {
-    Mode.DELETE: (f"delete pods, which the chart's value repair.deletePods=true grants (beside {DELETE_SETTING}=true)"),
-    Mode.LABEL: (f"patch pods/status, which the chart's value repair.labelPods=true grants ({LABEL_SETTING}=true)"),
+    Mode.DELETE: "the right to delete pods, which comes with the chart's value repair.deletePods=true",
+    Mode.LABEL: "the right to patch pods/status, which comes with the chart's value repair.labelPods=true",
 }
 
 
@@ -154,17 +154,18 @@ class Repairs:
         healed = await self._healer.heal(pod)
         if isinstance(healed, NotHealed):
             self._count("fail")
-            said = f"pod detected as broken ({broken}), and its redirection cannot be repaired: {healed}"
+            said = f"its redirection cannot be repaired: {healed}"
             self._log(logging.WARNING, case, said, code=healed.code)
-            await self._warn(pod, NOT_REPAIRED, said)
+            await self._warn(pod, NOT_REPAIRED, f"pod detected as broken ({broken}), and {said}")
             return Outcome(Next.LATE if healed.lasting else Next.AGAIN, said)
         if healed.changed:
-            said = f"pod detected as broken ({broken}), its redirection was missing and is in place now; {reason}"
+            said = f"its redirection was missing and is in place now; {reason}"
             self._count("success")
             self._log(logging.INFO, case, said, by=healed.variant, wrong=len(healed.drift))
-            await self._events.note(pod, REPAIRED, f"{said}. {_wrong(healed)}", component=istio.REPAIR_COMPONENT)
+            message = f"pod detected as broken ({broken}), {said}. {_wrong(healed)}"
+            await self._events.note(pod, REPAIRED, message, component=istio.REPAIR_COMPONENT)
         elif case.netns != healed.netns:
-            said = f"pod detected as broken ({broken}), and its redirection is in place already; {reason}"
+            said = f"its redirection is in place already; {reason}"
             self._count("skip")
             self._log(logging.INFO, case, said)
         else:
@@ -176,20 +177,20 @@ class Repairs:
         """The rules stayed in place; when the container was started since and failed, it is not them it misses."""
         if case.done or case.broken.restarts < case.restarts + 2:  # one run may have begun before the rules were in
             return Outcome(Next.WHEN_CHANGED, case.last)
-        said = f"its redirection is in place, and its {case.broken} all the same: its own log tells why"
+        said = "its redirection is in place, and its init container failed again: that container's own log tells why"
         case.done = True
         self._count("fail")
         self._log(logging.WARNING, case, said)
-        await self._warn(case.pod, NOT_REPAIRED, said)
+        await self._warn(case.pod, NOT_REPAIRED, f"pod detected as broken ({case.broken}); {said}")
         return Outcome(Next.WHEN_CHANGED, said)
 
     async def _give_up(self, case: Case, reason: str) -> Outcome:
-        said = f"pod detected as broken ({case.broken}), and not repaired: {reason}"
+        said = f"not repaired: {reason}"
         if not case.done:
             case.done = True
             self._count("fail")
             self._log(logging.WARNING, case, said)
-            await self._warn(case.pod, NOT_REPAIRED, said)
+            await self._warn(case.pod, NOT_REPAIRED, f"pod detected as broken ({case.broken}), and {said}")
         return Outcome(Next.WHEN_CHANGED, said)
 
     # --- delete and label ---------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ class Repairs:
     async def _done(self, case: Case, event: str, what: str, reason: str) -> Outcome:
         case.done = True
         self._count("success")
-        self._log(logging.WARNING, case, f"pod detected as broken ({case.broken}), {what}; {reason}")
+        self._log(logging.WARNING, case, f"{what}; {reason}")
         await self._warn(case.pod, event, f"pod detected as broken, {what}")
         return Outcome(Next.WHEN_CHANGED, what)
 
@@ -229,8 +230,8 @@ class Repairs:
         self._count("fail")
         text = str(error)
         if error.status == 403:
-            text = f"{error.message} (the agent's role lacks {GRANTS[self._mode]})"
-        self._log(logging.WARNING, case, f"pod detected as broken ({case.broken}), but failed to {verb}: {text}")
+            text = f"the agent's role lacks {GRANTS[self._mode]}: {error.message}"
+        self._log(logging.WARNING, case, f"failed to {verb}: {text}")
         await self._warn(case.pod, event, f"pod detected as broken, but failed to {verb}: {text}")
         asked = error.retry_after_seconds if isinstance(error, ApiError) else None
         return Outcome(Next.LATE if error.status == 403 else Next.AGAIN, text, asked or 0.0)
@@ -239,13 +240,13 @@ class Repairs:
         if not case.done:
             case.done = True
             self._count("skip")
-            self._log(logging.INFO, case, f"pod detected as broken ({case.broken}), nothing to do: {reason}")
+            self._log(logging.INFO, case, f"nothing to do: {reason}")
         return Outcome(Next.WHEN_CHANGED, reason)
 
     async def _tell(self, case: Case, reason: str) -> Outcome:
         if not case.done:
             case.done = True
-            self._log(logging.WARNING, case, f"pod detected as broken ({case.broken}), nothing is done: {reason}")
+            self._log(logging.WARNING, case, f"nothing is done: {reason}")
         return Outcome(Next.WHEN_CHANGED, reason)
 
     # --- telling ------------------------------------------------------------------------------------------------------
@@ -254,8 +255,9 @@ class Repairs:
         self._metrics.count(m.PODS_REPAIRED, type=self._mode.value, result=result)
 
     def _log(self, level: int, case: Case, text: str, **values: object) -> None:
-        extra = labels(pod=case.pod.full_name, uid=case.pod.uid, **values)
-        log.log(level, "%s", text[:MAX_LOGGED_CHARACTERS], extra=extra)
+        cause = str(case.broken)[:MAX_LOGGED_CHARACTERS]
+        extra = labels(pod=case.pod.full_name, uid=case.pod.uid, cause=cause, **values)
+        log.log(level, "broken pod: %s", text[:MAX_LOGGED_CHARACTERS], extra=extra)
 
     async def _warn(self, pod: Pod, reason: str, message: str) -> None:
         await self._events.warn(pod, reason, message, component=istio.REPAIR_COMPONENT)
