@@ -16,6 +16,7 @@ from meshcni.agent.settings import Settings
 from meshcni.agent.steps import PatchesRedirection, Warn
 from meshcni.agent.wiring import policy
 from meshcni.host.hostpaths import ProcRoot, find_proc_root, host_netns_path
+from meshcni.host.kernelsupport import has_ipv6
 from meshcni.host.netns import call_in_netns, open_netns
 from meshcni.host.nodeaddress import node_address
 from meshcni.host.podnetns import NetnsFinder
@@ -36,7 +37,7 @@ def make_ambient(
     metrics: Metrics,
 ) -> Ambient:
     """Ambient mode of this node. Raises SettingError when the node's own address is asked for and there is none."""
-    families = frozenset(Family) if settings.ambient_ipv6 else frozenset({Family.V4})
+    families = frozenset(Family) if settings.ambient_ipv6 and has_ipv6() else frozenset({Family.V4})
     proc = ProcRoot(settings.host_proc_dir) if settings.host_proc_dir else find_proc_root()
     if proc.warning:
         log.warning("%s", proc.warning)

@@ -27,8 +27,11 @@ from meshcni.agent.ending import Ending
 from meshcni.agent.health import Heartbeat, endpoint
 from meshcni.agent.installer import Callbacks, Installer, InstallStatus
 from meshcni.agent.metrics import Metrics
+from meshcni.agent.ownpod import OwnPod
+from meshcni.agent.platforms import networked
 from meshcni.agent.podadds import PodAdds
 from meshcni.agent.podlookup import PodLookup
+from meshcni.agent.preflight import Preflight
 from meshcni.agent.prerequisites import Prerequisites
 from meshcni.agent.programming import Programmer
 from meshcni.agent.repairwiring import make_healer, make_repairer
@@ -74,8 +77,12 @@ class Agent:
         self.namespaces: Informer[Namespace] | None = None
         if settings.ambient_enabled:
             self.namespaces = Informer(self.api, NAMESPACES, namespace_from_object, metadata_only=True)
+        self.own_pod = OwnPod(self.events.warn, self.pods, settings.pod_namespace, settings.pod_name)
         self.prerequisites = Prerequisites(
-            settings, self.api, [informer for informer in (self.pods, self.namespaces) if informer is not None]
+            settings,
+            self.api,
+            [informer for informer in (self.pods, self.namespaces) if informer is not None],
+            tell=self.own_pod.tell,
         )
         self.sockets = rundir.SocketPaths()
         self.serving = Serving(settings, self.metrics, self.sockets)
@@ -84,14 +91,20 @@ class Agent:
             Callbacks(
                 result=lambda result: self.metrics.count(m.INSTALLS, result=result),
                 changed=self._install_changed,
-                fight=lambda path, hint: log.warning("something else keeps changing %s: %s", path, hint),
+                fight=self.own_pod.tell_of_fight,
             ),
             superseded=self.sockets.taken,
+            sandboxes=lambda: networked(self.pods.items()),
         )
         self.lookup = PodLookup(self.api, self.pods, self.namespaces, settings.api_timeout_seconds)
         self.programmer = Programmer(
             wiring.backend_config(settings),
             lambda backend, choice: self.metrics.set(m.BACKEND, 1, backend=backend.value, variant=choice.variant),
+        )
+        self.preflight = Preflight(
+            self.programmer,
+            self.own_pod.tell,
+            ambient_ipv6=settings.ambient_enabled and settings.ambient_ipv6,
         )
         self.ambient: Ambient | None = None
         if self.namespaces is not None:
@@ -181,7 +194,7 @@ class Agent:
         self._spawn("gauges", self._gauges())
         self._spawn("run-dir", self._look_after(Path(settings.cni_agent_run_dir, istio.PLUGIN_LOG_NAME)))
         if reachable:
-            self._prepare = asyncio.get_running_loop().create_task(self.programmer.prepare())
+            self._prepare = asyncio.get_running_loop().create_task(self.preflight.run())
 
     async def _install(self) -> None:
         """Install once we are sure to stay and to be of use: a conf without an agent behind it stops pods."""
@@ -253,6 +266,7 @@ class Agent:
         if self.ambient is not None:
             await self.ambient.close()
         await self.serving.close()
+        await self.own_pod.close()
         await self.events.close()
         await self.api.close()
 
@@ -303,6 +317,7 @@ class Agent:
             errors=self.metrics.series(m.ERRORS),
             missing_capabilities=complaint(missing_capabilities()),
             missing=self.prerequisites.as_object(),
+            kernel=self.preflight.notes,
             ambient=self.ambient.status() if self.ambient is not None else None,
             sidecars=self.sidecars.status() if self.sidecars is not None else None,
             repair=self.repairer.status() if self.repairer is not None else None,
@@ -313,6 +328,7 @@ class Agent:
 
     def _install_changed(self, status: InstallStatus) -> None:
         self.metrics.set(m.INSTALL_READY, status.ready)
+        self.own_pod.installation_changed(status)
         if status.ready and not self._installed:
             for part in (self.ambient, self.sidecars):
                 if part is not None:

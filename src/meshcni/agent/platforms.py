@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from meshcni.cni import conf
+from meshcni.pods.model import Pod
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,11 @@ def hint_for_confs(host_root: str) -> str:
     """Which platform has confs where ours should be; all that differ where the host cannot be seen."""
     fits = [one for one in PLATFORMS if _has_confs(host_root, one.conf_dir)]
     return _advice(fits, "cniConfDir", [one for one in PLATFORMS if one.conf_dir != Platform("").conf_dir])
+
+
+def networked(pods: Iterable[Pod]) -> int:
+    """How many of `pods` have got a network from some conf."""
+    return sum(bool(pod.ips) and not pod.host_network and not pod.has_terminated for pod in pods)
 
 
 def hint_for_read_only(directory: str) -> str:

@@ -46,6 +46,8 @@ def _as_text(document: Mapping[str, Any]) -> str:
         ("conf", install["conf_path"] or "our entry is in none"),
         ("installs", f"{install['installs']} (put back after others' changes: {install['conf_fights']})"),
         *(("note", note) for note in install["notes"]),
+        *(("contested", text) for text in [install.get("contested")] if text),
+        *(("kernel", text) for text in document.get("kernel", ())),
         ("backend", f"{backend['backend']}, variant {backend['variant'] or '?'}: {backend['why']}"),
         *(("watch", _watch_text(watch)) for watch in document["watches"]),
         *(("errors", f"{name}: {count:.0f}") for name, count in document["errors"].items()),
