@@ -89,24 +89,24 @@ class Release:
 
     def remove(self) -> None:
         """Take away pods, release, manifests and what stays on the nodes: the next test finds no mesh."""
-        import time; t0=time.time()
+        import time
+
+        t0 = time.time()
         for name in self.namespaces:
             self.cluster.api.delete(f"/api/v1/namespaces/{name}/pods", grace_seconds=0)
             self.cluster.api.delete(f"/api/v1/namespaces/{name}")
         left = set(self.namespaces)
         self.cluster.wait("pods are gone", lambda: not left & {namespace_of(pod) for pod in self.cluster.pods()})
-        print("pods gone", time.time()-t0)
+        print("pods gone", time.time() - t0)
+        self.cluster.api.delete(DAEMONSET)  # first, so that the agents see why they end; without rights they wait
+        self.cluster.wait("the agents are gone", lambda: not self.cluster.pods(NAMESPACE, AGENTS))
         if NAME in self.cluster.helm("list", "--namespace", NAMESPACE, "--short").split():
             self.cluster.helm("uninstall", NAME, "--namespace", NAMESPACE)
-        print("helm", time.time()-t0)
-        self.cluster.api.delete(DAEMONSET)
-        self.cluster.wait("the agents are gone", lambda: not self.cluster.pods(NAMESPACE, AGENTS))
-        print("agents gone", time.time()-t0)
         for role in ("istio-cni", "istio-cni-repair-role", "istio-cni-ambient"):
             self.cluster.api.delete(f"/apis/rbac.authorization.k8s.io/v1/clusterroles/{role}")
         for node in self.cluster.nodes.values():
             clean(node)
-        print("all", time.time()-t0)
+        print("all", time.time() - t0)
 
     def add_namespace(self, name: str, *, ambient: bool = False) -> str:
         """Make a namespace whose name begins with `name` and is nobody else's; returns the name."""
