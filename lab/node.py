@@ -189,9 +189,9 @@ class Node:
         if self._outer is not None:
             self._outer.kill()  # unshare --kill-child passes it on to process 1, whose end ends all others
             self._outer.wait(STOP_SECONDS)
-            wait_ended(self.pid)
             for process in self._processes:
-                process.wait(STOP_SECONDS)
+                process.wait(STOP_SECONDS)  # process 1 waits for all others to be collected, and these are ours
+            wait_ended(self.pid)
             self._outer, self._processes = None, []
 
     def init_arguments(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -66,6 +67,7 @@ class Cluster:
         for node in self.nodes.values():
             node.neighbours = [other.addresses for other in self.nodes.values() if other is not node]
         self._start_nodes = start_nodes
+        self._numbers = itertools.count(1)
         self._entered: list[ControlPlane | KubeNode] = []
         self._api: ApiClient | None = None
 
@@ -151,15 +153,23 @@ class Cluster:
         if wait:
             self.wait(f"pod {namespace}/{name} is gone", lambda: self.api.find(pod_path(namespace, name)) is None)
 
-    def delete_namespace(self, name: str) -> None:
-        """Delete a namespace with all in it and return when it is gone."""
+    def new_namespace(self, prefix: str = "test", **options: Any) -> str:  # noqa: ANN401
+        """Make a namespace with a name of its own, ready for pods; `options` are those of workloads.namespace."""
+        name = f"{prefix}-{next(self._numbers)}"
+        self.apply(workloads.namespace(name, **options))
+        self.wait_service_account(name)
+        return name
+
+    def delete_namespace(self, name: str, *, wait: bool = False) -> None:
+        """Delete a namespace, return when its pods are gone; with `wait`, seconds later, when it is gone itself."""
         path = f"/api/v1/namespaces/{name}"
         for group, kinds in MAKERS.items():  # pods last, or they would be made again
             for kind in kinds:
                 self.api.delete(f"{group}/namespaces/{name}/{kind}")
-        self.wait(f"pods of {name} are gone", lambda: not self.pods(name))  # a namespace waits 5 s for each look
+        self.wait(f"pods of {name} are gone", lambda: not self.pods(name))
         self.api.delete(path)
-        self.wait(f"namespace {name} is gone", lambda: self.api.find(path) is None)
+        if wait:
+            self.wait(f"namespace {name} is gone", lambda: self.api.find(path) is None)
 
     def restore(self) -> None:
         """Start whatever is off: API server, nodes, their daemons; return when all nodes are Ready."""

@@ -19,15 +19,12 @@ from lab.cluster.client import ready
 from lab.node import CGROUP_ROOT, PREFIX, LabError, wait_until
 
 NODES = ("n1", "n2")
-PODS = "/api/v1/namespaces/shop/pods"
 
 
 @pytest.fixture
 def shop(cluster: Cluster) -> Iterator[str]:
     """A namespace of its own for each test."""
-    name = "shop"
-    cluster.apply(workloads.namespace(name))
-    cluster.wait_service_account(name)
+    name = cluster.new_namespace("shop")
     yield name
     cluster.delete_namespace(name)
 
@@ -71,18 +68,18 @@ def test_service_is_reached_by_its_addresses(cluster: Cluster, pods: dict[str, d
 
 
 def test_service_is_reached_with_nftables(nftables_cluster: Cluster) -> None:
-    nftables_cluster.apply([workloads.namespace("shop")])
-    nftables_cluster.wait_service_account("shop")
-    nftables_cluster.apply([workloads.plain_pod("shop", f"on-{node}", node=node) for node in NODES])
-    pods = {pod["spec"]["nodeName"]: pod for pod in nftables_cluster.wait_ready("shop", count=2)}
-    check_service(nftables_cluster, pods)
+    shop = nftables_cluster.new_namespace("shop")
+    nftables_cluster.apply([workloads.plain_pod(shop, f"on-{node}", node=node) for node in NODES])
+    check_service(
+        nftables_cluster, {pod["spec"]["nodeName"]: pod for pod in nftables_cluster.wait_ready(shop, count=2)}
+    )
     assert "kube-proxy" in nftables_cluster.nodes["n1"].run(["nft", "list", "tables"])
 
 
 def check_service(cluster: Cluster, pods: dict[str, dict]) -> None:
     """From another node, from a pod of the same node and from the node itself, by both families."""
-    cluster.apply(workloads.service("shop", "on-n1"))
-    found = cluster.api.get("/api/v1/namespaces/shop/services/on-n1")["spec"]["clusterIPs"]
+    made = cluster.apply(workloads.service(pods["n1"]["metadata"]["namespace"], "on-n1"))
+    found = made[0]["spec"]["clusterIPs"]
     assert len(found) == 2
     for address in found:
         for node in NODES:
@@ -108,7 +105,7 @@ def fetch(netns: str, address: str, host: str) -> str:
         connection.close()
 
 
-def test_power_loss_takes_all_but_the_disk(cluster: Cluster, pods: dict[str, dict]) -> None:
+def test_power_loss_takes_all_but_the_disk(cluster: Cluster, shop: str, pods: dict[str, dict]) -> None:
     node, other = cluster.nodes["n2"], cluster.nodes["n1"]
     node.run(["sh", "-c", "echo kept > /opt/cni/kept; echo gone > /run/gone"])
     netns, old = cluster.pod_netns(pods["n2"]), node.pid
@@ -123,7 +120,7 @@ def test_power_loss_takes_all_but_the_disk(cluster: Cluster, pods: dict[str, dic
     cluster.wait_nodes(["n2"])
     assert node.run(["cat", "/opt/cni/kept"]) == "kept\n"
     assert not node.path("/run/gone").exists()
-    back = cluster.wait_pod("shop", "on-n2", lambda pod: ready(pod) and restarts(pod) == 1)
+    back = cluster.wait_pod(shop, "on-n2", lambda pod: ready(pod) and restarts(pod) == 1)
     assert back["metadata"]["uid"] == pods["n2"]["metadata"]["uid"]
     assert "pod=on-n2" in get(cluster, pods["n1"], addresses(back)[0])
 
@@ -132,14 +129,14 @@ def restarts(pod: dict) -> int:
     return sum(each["restartCount"] for each in pod["status"]["containerStatuses"])
 
 
-def test_kubelet_may_start_before_containerd(cluster: Cluster, pods: dict[str, dict]) -> None:
+def test_kubelet_may_start_before_containerd(cluster: Cluster, shop: str, pods: dict[str, dict]) -> None:
     node = cluster.nodes["n2"]
     node.power_loss()
     node.start(order=("kubelet", "containerd"))
-    cluster.wait_pod("shop", "on-n2", lambda pod: ready(pod) and restarts(pod) == 1)
+    cluster.wait_pod(shop, "on-n2", lambda pod: ready(pod) and restarts(pod) == 1)
 
 
-def test_pods_outlive_containerd_kubelet_and_api_server(cluster: Cluster, pods: dict[str, dict]) -> None:
+def test_pods_outlive_containerd_kubelet_and_api_server(cluster: Cluster, shop: str, pods: dict[str, dict]) -> None:
     node = cluster.nodes["n1"]
     node.stop_kubelet()
     node.stop_containerd()
@@ -152,7 +149,7 @@ def test_pods_outlive_containerd_kubelet_and_api_server(cluster: Cluster, pods: 
     assert "pod=on-n1" in fetch(cluster.nodes["n2"].netns, addresses(pods["n1"])[0], "pod")
     cluster.start_api_server()
     cluster.wait_nodes()
-    after = {pod["spec"]["nodeName"]: pod for pod in cluster.wait_ready("shop", count=2)}
+    after = {pod["spec"]["nodeName"]: pod for pod in cluster.wait_ready(shop, count=2)}
     assert {name: pod["metadata"]["uid"] for name, pod in after.items()} == {
         name: pod["metadata"]["uid"] for name, pod in pods.items()
     }
@@ -181,11 +178,9 @@ def validation_code(pod: dict) -> int | None:
 def test_clusters_do_not_know_of_each_other(cluster: Cluster, pods: dict[str, dict]) -> None:
     with Cluster(nodes=1) as other:
         assert [node["metadata"]["name"] for node in other.api.list("/api/v1/nodes")] == ["n1"]
-        assert other.pods("shop") == []
-        other.apply(workloads.namespace("shop"))
-        other.wait_service_account("shop")
-        other.apply(workloads.plain_pod("shop", "on-n1"))
-        other.wait_ready("shop", count=1)
+        assert other.pods() == []
+        other.apply(workloads.plain_pod("default", "on-n1"))
+        other.wait_ready("default", count=1)
         names = [node.name for node in other.nodes.values()]
         assert all((CGROUP_ROOT / "memory" / name).exists() for name in names)
     left = leftovers()
@@ -193,10 +188,11 @@ def test_clusters_do_not_know_of_each_other(cluster: Cluster, pods: dict[str, di
     assert "pod=on-n2" in get(cluster, pods["n1"], addresses(pods["n2"])[0])
 
 
-def test_kubectl_and_watch(cluster: Cluster, pods: dict[str, dict]) -> None:
-    assert "on-n1" in cluster.kubectl("-n", "shop", "get", "pods")
-    assert "NotFound" in cluster.kubectl("-n", "shop", "get", "pod", "nobody", check=False)
-    kinds = [(kind, pod["metadata"]["name"]) for kind, pod in cluster.api.watch(PODS, timeout_seconds=1)]
+def test_kubectl_and_watch(cluster: Cluster, shop: str, pods: dict[str, dict]) -> None:
+    assert "on-n1" in cluster.kubectl("-n", shop, "get", "pods")
+    assert "NotFound" in cluster.kubectl("-n", shop, "get", "pod", "nobody", check=False)
+    path = f"/api/v1/namespaces/{shop}/pods"
+    kinds = [(kind, pod["metadata"]["name"]) for kind, pod in cluster.api.watch(path, timeout_seconds=1)]
     assert sorted(kinds) == [("ADDED", "on-n1"), ("ADDED", "on-n2")]
 
 
