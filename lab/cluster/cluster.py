@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lab.cluster import workloads
+from lab.cluster import agent, hostpods, workloads
 from lab.cluster.binaries import helm, hyperkube, missing_binaries
 from lab.cluster.capture import Captured, capture
 from lab.cluster.client import ApiClient, ApiError, objects_in, ready
@@ -20,6 +20,7 @@ from lab.cluster.kubenode import KubeNode
 from lab.imagelayout import Image
 from lab.images import pause_archive
 from lab.node import CLEAN_ENVIRONMENT, LabError, LabUnavailableError, made_up_name, wait_until
+from meshcni import istio
 
 READY_SECONDS = 60.0
 COMMAND_SECONDS = 120.0
@@ -264,6 +265,22 @@ class Cluster:
 
         self.wait(f"nodes {', '.join(sorted(wanted))} are {'' if ready else 'not '}Ready", check, timeout_seconds)
 
+    def wait_rollout(self, path: str, labels: str, timeout_seconds: float = READY_SECONDS) -> None:
+        """Return when a DaemonSet's newest pods, which have `labels`, are ready on all nodes."""
+
+        def check() -> bool:
+            found = self.api.get(path)
+            status, wanted = found["status"], found["status"].get("desiredNumberScheduled", 0)
+            is_seen = status.get("observedGeneration") == found["metadata"]["generation"]
+            counts = (status.get("updatedNumberScheduled"), status.get("numberReady"))
+            return is_seen and wanted > 0 and counts == (wanted, wanted)
+
+        try:
+            self.wait(f"{path} is rolled out", check, timeout_seconds)
+        except LabError as error:
+            pods = self.pods(path.split("/namespaces/")[1].partition("/")[0], labels)
+            raise LabError(f"{error}\n{self._describe(pods)}") from None
+
     def wait_service_account(self, namespace: str) -> None:
         """Return when a namespace has its default service account, without which no pod can be made in it."""
         path = f"/api/v1/namespaces/{namespace}/serviceaccounts/default"
@@ -304,13 +321,53 @@ class Cluster:
     def import_image(self, image: Image | Path) -> str:
         """Import an image, or an OCI archive, into all nodes that run; returns the image's name, "" of an archive."""
         if isinstance(image, Image):
-            archive = image.write_archive(self.control.folder / f"image-{image.tag}.tar")
+            digest = str(image.descriptor["digest"]).rpartition(":")[2]
+            archive = self.control.folder / f"image-{image.tag}-{digest}.tar"
+            if not archive.exists():
+                image.write_archive(archive)
         else:
             archive = image
         with ThreadPoolExecutor(len(self.nodes)) as pool:
             running = [node for node in self.nodes.values() if node.is_running]
             list(pool.map(lambda node: node.import_archive(archive), running))
         return image.name if isinstance(image, Image) else ""
+
+    # --- the node agent -----------------------------------------------------------------------------------------------
+
+    def install_agent(
+        self,
+        values: Mapping[str, Any] | None = None,
+        *,
+        wait: bool = True,
+        image: Image | None = None,
+        namespace: str = istio.SYSTEM_NAMESPACE,
+        chart: Path = agent.CHART,
+    ) -> str:
+        """Install or upgrade the agent by our chart; with `wait`, return when it is ready on all nodes.
+
+        The image is build/image's, or that of the layout which MESHCNI_CLUSTER_IMAGE names. Returns what helm says.
+        """
+        return agent.install_chart(self, values or {}, image or agent.cluster_image(), namespace, chart, wait=wait)
+
+    def install_manifest(self, path: Path, image: Image | None = None, *, wait: bool = True) -> list[dict[str, Any]]:
+        """Install the agent by a manifest of its DaemonSet; returns the objects, which `apply` would take again."""
+        return agent.install_manifest(self, path, image or agent.cluster_image(), wait=wait)
+
+    def wait_agent(self, namespace: str = istio.SYSTEM_NAMESPACE, timeout_seconds: float = agent.READY_SECONDS) -> None:
+        """Return when the agent's newest pods are ready on all nodes."""
+        agent.wait_agent(self, namespace, timeout_seconds)
+
+    def uninstall_agent(self, namespace: str = istio.SYSTEM_NAMESPACE) -> None:
+        """Uninstall the chart's release and return when the agent's pods are gone."""
+        self.helm("uninstall", agent.RELEASE, "--namespace", namespace, "--ignore-not-found")
+        labels = f"k8s-app={istio.DAEMONSET_NAME}"
+        self.wait("the agent's pods are gone", lambda: not self.pods(namespace, labels))
+
+    def install_ztunnel(self, **options: Any) -> None:  # noqa: ANN401
+        """Start ztunnel's stand-in on all nodes; options are those of hostpods.ztunnel_daemon_set."""
+        self.apply(workloads.namespace(istio.SYSTEM_NAMESPACE))
+        made = self.apply(hostpods.ztunnel_daemon_set(**options))[0]
+        self.wait_rollout(self.api.path_of(made), f"{workloads.NAME_LABEL}={hostpods.ZTUNNEL}")
 
     # --- start --------------------------------------------------------------------------------------------------------
 

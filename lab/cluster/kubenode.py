@@ -42,6 +42,7 @@ class KubeNode(Node):
         super().__init__(name)
         self.kube_name, self.addresses = kube_name, NodeAddresses(number)
         self.boots = 0
+        self._imported: set[Path] = set()
         self._control, self._proxy_mode, self._keep_conflist = control, proxy_mode, keep_conflist
         self._daemons: dict[str, Daemon] = {}
         self._runtime: NodeRuntime | None = None
@@ -204,11 +205,14 @@ class KubeNode(Node):
         )
 
     def import_archive(self, archive: Path) -> None:
-        """Have the runtime import an OCI archive, which it keeps on the disk."""
+        """Have the runtime import an OCI archive, which it keeps on the disk; nothing when it has done so before."""
+        if archive in self._imported:
+            return
         command = ["ctr", "--address", SOCKET, "--namespace", "k8s.io", "images", "import", str(archive)]
         for left in reversed(range(IMPORT_TRIES)):
             try:
                 if "unpacking" in self.run(command):
+                    self._imported.add(archive)
                     return
             except LabError:
                 if not left:
