@@ -162,6 +162,7 @@ MODES: dict[str, tuple[Values, Facts]] = {
     "healing is the agent's own default": ({}, {config("SIDECAR_RECONCILE"): ABSENT}),
     "neither repair nor running pods": ({"sidecarReconcile": "off", "repair": {"repairPods": False}}, {
         config("SIDECAR_RECONCILE"): "off", mount("cni-host-procfs"): ABSENT, volume("cni-host-procfs"): ABSENT,
+        mount("cni-netns-dir"): ABSENT, volume("cni-netns-dir"): ABSENT,
         (*role("istio-cni-repair-role"), "rules", "2"): ABSENT}),
     "no repair": ({"repair": {"enabled": False}}, {
         config("REPAIR_ENABLED"): "false", role("istio-cni-repair-role"): ABSENT,

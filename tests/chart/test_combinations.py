@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import pytest
 from tests.chart import combinations, original
 from tests.chart.apischemas import complaints
 from tests.chart.combinations import Choice, covering
-from tests.chart.releases import ABSENT, Release, Values, releases, render_together
+from tests.chart.facts import volume
+from tests.chart.releases import ABSENT, Release, Values, release, releases, render_together
 
 from meshcni.agent import rights
+from meshcni.agent.platforms import PLATFORMS, Platform
 from meshcni.agent.resolution import FLAGS, settle
 from meshcni.agent.settings import ROWS, Settings
 from meshcni.pflag import parse
+from meshcni.pods.repair import Mode
 
 ROWS_OF_VALUES: Mapping[str, Choice] = {"/".join(row): row for row in covering()}
 VALUES: Mapping[str, Values] = {name: combinations.values(row) for name, row in ROWS_OF_VALUES.items()}
 OF_CLUSTER = {"ClusterRole", "ClusterRoleBinding"}
+REPAIR_MODES = {"repairPods": Mode.REPAIR, "deletePods": Mode.DELETE, "labelPods": Mode.LABEL, "": Mode.NONE}
 KNOWN = {variable for row in ROWS for variable in row.variables}
 
 
@@ -104,8 +109,7 @@ def test_rights_are_no_more_than_those_of_istios_chart(made: dict[str, Release])
             continue
         roles = [each for each in one.objects if each["kind"] == "ClusterRole"]
         allowed = original.rights(combinations.mode(ROWS_OF_VALUES[name]))
-        granted = original.flattened(roles)
-        assert granted - allowed <= {original.OWN_DAEMONSET}, name
+        assert granted(one) - allowed <= {original.OWN_DAEMONSET}, name
         assert {each["metadata"]["name"] for each in roles} == bound(one), name
 
 
@@ -126,17 +130,46 @@ def test_rights_are_those_that_the_agent_asks_for(made: dict[str, Release]) -> N
         mode = combinations.mode(ROWS_OF_VALUES[name])
         if scope(name) == "namespace":
             continue
-        granted = original.flattened([each for each in one.objects if each["kind"] == "ClusterRole"])
-        for right in rights.wanted(ambient=mode.ambient):
-            asked = (right.resource.group, right.target, right.name or "*", right.verb)
-            assert asked in granted or (right.target == "events" and mode.repair == "off"), (name, str(right))
+        for right in rights.wanted(ambient=mode.ambient, repair=REPAIR_MODES.get(mode.repair)):
+            is_there = as_granted(right) in granted(one)
+            assert is_there or (right.target == "events" and mode.repair == "off"), (name, str(right))
+
+
+def test_values_that_the_agent_names_for_a_right_grant_it() -> None:
+    asked = {str(right): right for mode in REPAIR_MODES.values() for right in rights.wanted(ambient=True, repair=mode)}
+    made = releases({name: named_values(right.chart) for name, right in asked.items()})
+    for name, right in asked.items():
+        assert as_granted(right) in granted(made[name]), right.chart
+
+
+def named_values(text: str) -> Values:
+    """The values of a text like `repair.enabled=true with repair.deletePods=true; ...`."""
+    found: dict[str, dict[str, bool]] = {}
+    for group, key, value in re.findall(r"(\w+)\.(\w+)=(true|false)", text.partition(";")[0]):
+        found.setdefault(group, {})[key] = value == "true"
+    return found
+
+
+def as_granted(right: rights.Right) -> original.Right:
+    return (right.resource.group, right.target, right.name or "*", right.verb)
+
+
+def granted(one: Release) -> set[original.Right]:
+    return original.flattened([each for each in one.objects if each["kind"] == "ClusterRole"])
+
+
+@pytest.fixture(scope="module")
+def modes() -> dict[str, Release]:
+    return releases({
+        f"{repair} {ambient}": {"repair": combinations.REPAIR[repair], "ambient": {"enabled": ambient}}
+        for repair in combinations.REPAIR
+        for ambient in (False, True)
+    })  # fmt: skip
 
 
 @pytest.mark.parametrize("ambient", [False, True])
 @pytest.mark.parametrize("repair", combinations.REPAIR)
-def test_rights_of_a_mode(repair: str, ambient: bool) -> None:
-    values = {"repair": combinations.REPAIR[repair], "ambient": {"enabled": ambient}}
-    one = releases({"x": values})["x"]
+def test_rights_of_a_mode(modes: dict[str, Release], repair: str, ambient: bool) -> None:
     wanted = {
         *(("", "pods", "*", verb) for verb in ("get", "list", "watch")),
         ("", "nodes", "*", "get"),
@@ -151,7 +184,7 @@ def test_rights_of_a_mode(repair: str, ambient: bool) -> None:
         wanted.add(("", "pods", "*", "delete"))
     if repair == "labelPods":
         wanted.add(("", "pods/status", "*", "patch"))
-    assert original.flattened([each for each in one.objects if each["kind"] == "ClusterRole"]) == wanted
+    assert granted(modes[f"{repair} {ambient}"]) == wanted
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -172,6 +205,35 @@ def test_the_agent_reads_what_it_is_given(made: dict[str, Release]) -> None:
         assert read.shutdown_grace_seconds < ending, name
         for probe in ("readinessProbe", "livenessProbe"):
             assert one.container[probe]["httpGet"]["port"] == read.health_port, name
+
+
+def test_own_values_reach_the_agent() -> None:
+    values = {
+        "sidecarReconcile": "report",
+        "disableSafeUpgrade": True,
+        "uninstallRemovesBinary": True,
+        "ambient": {"unenrollOnUninstall": True},
+        "terminationGracePeriodSeconds": 12,
+        "monitoringPort": 0,
+        "logging": {"level": "default:warn,cni-plugin:debug"},
+    }
+    read = settings(release(values))
+    assert read.sidecar_drift == "report"
+    assert read.cleans_up_always
+    assert read.uninstall_removes_binary
+    assert read.ambient_unenroll_on_uninstall
+    assert (read.shutdown_grace_seconds, read.monitoring_port) == (10, 0)
+    assert read.log_output_level == (("default", "warn"), ("cni-plugin", "debug"))
+
+
+def test_platforms_are_those_that_the_agent_advises() -> None:
+    names = [one.name for one in PLATFORMS]
+    made = releases({name: {"platform": name} for name in names}, "--kube-version=v1.31.4-gke.1000")
+    for one in PLATFORMS:
+        where = {name: made[one.name].at(volume(name)) for name in ("cni-bin-dir", "cni-net-dir")}
+        if one.name == "gke" or one.bin_dir != Platform("").bin_dir:
+            assert where["cni-bin-dir"] == one.bin_dir, one.name
+        assert where["cni-net-dir"] == one.conf_dir, one.name
 
 
 def test_keys_of_the_configmap_are_those_of_istios_chart() -> None:

@@ -27,14 +27,11 @@ LABELS = {
     "helm.sh/chart": f"cni-{VERSION}",
 }
 CHECKSUM = ["DaemonSet", "spec", "template", "metadata", "annotations", "checksum/config"]
-AMBIENT_MOUNTS = [
-    {"name": "cni-netns-dir", "mountPath": "/host/var/run/netns", "mountPropagation": "HostToContainer"},
-    {"name": "cni-ztunnel-sock-dir", "mountPath": "/var/run/ztunnel"},
-]
-AMBIENT_VOLUMES = [
-    {"name": "cni-netns-dir", "hostPath": {"path": "/var/run/netns", "type": "DirectoryOrCreate"}},
-    {"name": "cni-ztunnel-sock-dir", "hostPath": {"path": "/var/run/ztunnel", "type": "DirectoryOrCreate"}},
-]
+ZTUNNEL_MOUNT = {"name": "cni-ztunnel-sock-dir", "mountPath": "/var/run/ztunnel"}
+ZTUNNEL_VOLUME = {
+    "name": "cni-ztunnel-sock-dir",
+    "hostPath": {"path": "/var/run/ztunnel", "type": "DirectoryOrCreate"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +65,8 @@ def test_sidecar_mode_whole(sidecar: Release) -> None:
 def test_ambient_mode_adds_mounts_a_role_and_settings(sidecar: Release, ambient: Release) -> None:
     whole = expected(ambient.at(CHECKSUM))
     pod = whole["DaemonSet/istio-cni-node"]["spec"]["template"]["spec"]
-    pod["containers"][0]["volumeMounts"] += AMBIENT_MOUNTS
-    pod["volumes"] += AMBIENT_VOLUMES
+    pod["containers"][0]["volumeMounts"].append(ZTUNNEL_MOUNT)
+    pod["volumes"].append(ZTUNNEL_VOLUME)
     whole["ConfigMap/istio-cni-config"]["data"]["AMBIENT_ENABLED"] = "true"
     namespaces = {"apiGroups": [""], "resources": ["namespaces"], "verbs": ["get", "list", "watch"]}
     whole["ClusterRole/istio-cni"]["rules"].insert(1, namespaces)
