@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lab.cluster import agent, hostpods, workloads
+from lab.cluster import agent, hostpods, verdict, workloads
 from lab.cluster.binaries import helm, hyperkube, missing_binaries
 from lab.cluster.capture import Captured, capture
 from lab.cluster.client import ApiClient, ApiError, objects_in, ready
@@ -305,6 +305,24 @@ class Cluster:
     def capture(self, pod: Mapping[str, Any]) -> Captured:
         """Look into a running pod's netns: is its traffic redirected?"""
         return capture(self.pod_netns(pod))
+
+    def verdict(self) -> list[str]:
+        """Return where kernel, API and agents contradict each other about running pods; empty when they agree."""
+        return verdict.contradictions(self)
+
+    def wait_agreed(self, timeout_seconds: float = READY_SECONDS) -> None:
+        """Return when `verdict` has nothing to say; LabError with what it last said."""
+        last: list[str] = []
+
+        def check() -> bool:
+            last[:] = ["not asked"]
+            last[:] = self.verdict()
+            return not last
+
+        try:
+            self.wait("kernel, API and agents agree", check, timeout_seconds)
+        except LabError as error:
+            raise LabError("\n".join([str(error), *last])) from None
 
     # --- the API server -----------------------------------------------------------------------------------------------
 
