@@ -19,12 +19,14 @@ from meshcni import istio
 from meshcni.agent import platforms
 from meshcni.cni import conf
 from meshcni.cni.confplan import Assessment, ConfDir, ConfPolicy, assess, removal
+from meshcni.cni.conftext import parse
 from meshcni.cni.kubeconfig import RESULT as KUBECONFIG_FAILURE
 from meshcni.cni.kubeconfig import kubeconfig, server_url
-from meshcni.errors import InstallError, MeshCniError
+from meshcni.errors import ConfError, InstallError, MeshCniError
 from meshcni.host import files
 from meshcni.host.confdir import MAX_CONF_BYTES, carry_out, entries, read_conf_dir
 from meshcni.host.files import FileChangedError, FileState
+from meshcni.host.mounts import shown_directory
 
 # Labels of istio_cni_installs_total: cni/pkg/monitoring
 SUCCESS = "SUCCESS"
@@ -190,7 +192,7 @@ class Installation:
             else:
                 outcome.waiting = f"{found.target} is changed by somebody else each time we write it"
             self._sweep(directory)
-        outcome.notes = found.notes + self._missing_neighbours(directory, found.target)
+        outcome.notes = found.notes + self._missing_neighbours(directory, found.target) + self._alone(directory)
         if found.target:
             outcome.conf_path = os.path.join(self.config.conf_dir, found.target)
         if found.failed:
@@ -259,6 +261,17 @@ class Installation:
             f"{target} names {', '.join(missing)}, not found in {', '.join(dirs)}: the runtime seems to use another "
             f"directory for plugins, and would not find ours; {hint}",
         )
+
+    def _alone(self, directory: ConfDir) -> tuple[str, ...]:
+        """A file that holds our plugin alone gives no pod an interface, so it must not be what the runtime reads."""
+        first = next(iter(conf.candidates(directory.files)), "")
+        if self.policy.chained or not first or "multus" in shown_directory(self.config.conf_dir):
+            return ()
+        try:
+            ours = conf.is_ours(parse(directory.files[first], first).value)
+        except ConfError:
+            return ()
+        return (ALONE.format(path=os.path.join(self.config.conf_dir, first)),) if ours else ()
 
     # --- backups of converted files -----------------------------------------------------------------------------------
 
@@ -357,6 +370,11 @@ class Installation:
             done += [f"removed {path}" for path in paths if files.remove(path)]
 
 
+ALONE = (
+    "{path} is the first conf of its directory and holds our plugin alone: a runtime that reads this directory itself "
+    "would give pods no network; CHAINED_CNI_PLUGIN=false is for Multus, which calls us by a "
+    "NetworkAttachmentDefinition (chart value provider=multus) and reads a directory of its own (cniConfDir)"
+)
 MARKER_TEXT = (
     b"The istio-cni node agent was uninstalled.\n"
     b"While this file is here and no agent answers, the plugin lets pods pass.\n"

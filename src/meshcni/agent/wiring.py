@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from meshcni import istio
+from meshcni.agent.hostmounts import in_container
 from meshcni.agent.installer import InstallConfig
 from meshcni.agent.programming import BackendConfig
 from meshcni.agent.settings import ROWS, Settings
@@ -56,6 +57,7 @@ def install_config(settings: Settings, plugin_log_level: str) -> InstallConfig:
         api_port=settings.kubernetes_service_port,
         uninstall_removes_binary=settings.uninstall_removes_binary,
         resync_seconds=settings.install_resync_seconds,
+        host_root=f"{settings.host_proc_dir or istio.HOST_PROC}/1/root" if in_container(settings) else "",
     )
 
 
@@ -107,6 +109,7 @@ def policy(settings: Settings) -> Policy:
         ambient_enabled=settings.ambient_enabled,
         enablement_selectors=settings.ambient_enablement_selector,
         system_namespace=settings.system_namespace,
+        sandboxed_runtimes=settings.ambient_sandboxed_runtimes,
     )
 
 

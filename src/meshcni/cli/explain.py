@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
@@ -74,9 +75,9 @@ def _run(argv: Sequence[str]) -> int:
     output = parsed.text("format") or "text"
     if output not in ("text", "json"):
         raise UsageError(f"flag --format is {output!r}", "write text or json")
-    policy = read_policy(parsed, os.environ)
     own_address = this_machine(os.environ).own_address
     node, origins = read_node(parsed, os.environ, lambda version: own_address(version, ""))
+    policy = replace(read_policy(parsed, os.environ), sandboxed_runtimes=node.sandboxed_runtimes)
     backend = settle(_BACKEND_FLAG, parsed, os.environ).read(_read_backend)
     pod, assessment = _assess(parsed, policy)
     prospect = prospect_of(pod, assessment.decision, node)

@@ -15,6 +15,7 @@ from meshcni.cni import conf
 from meshcni.cni.conftext import Document, parse
 from meshcni.errors import ConfError, SettingError
 
+MULTUS = "multus"  # how its plugins' types begin
 OWNED_NAME_SETTING = "ISTIO_OWNED_CNI_CONFIG_FILENAME"
 
 
@@ -112,7 +113,25 @@ def assess(directory: ConfDir, policy: ConfPolicy) -> Assessment:
         for name, why in broken.items()
         if name != found.converted and why not in found.reason and why not in doubt
     )
+    notes += _multus_note(directory, found.target)
     return replace(found, notes=found.notes + notes, doubt=doubt)
+
+
+def _multus_note(directory: ConfDir, target: str) -> tuple[str, ...]:
+    """Chained into a meta plugin's own conf, we are called until it writes that anew."""
+    if target not in directory.files:
+        return ()
+    try:
+        others = conf.foreign_part(conf.as_list(target, directory.files[target]))["plugins"]
+    except ConfError:
+        return ()
+    if not others or not str(others[0].get("type")).startswith(MULTUS):
+        return ()
+    return (
+        f"{target} belongs to Multus, which writes it anew: let a NetworkAttachmentDefinition call {istio.PLUGIN_NAME} "
+        "(chart values chained=false and provider=multus, which global.platform=openshift sets), or name the conf that "
+        "Multus delegates to with CNI_CONF_NAME",
+    )
 
 
 def _sorted_out(directory: ConfDir) -> tuple[dict[str, Document], dict[str, str]]:

@@ -55,6 +55,18 @@ def why_not_of_host(directory: str, mounts: Iterable[MountPoint]) -> str:
     return ""
 
 
+def shown_directory(directory: str, mounts: Iterable[MountPoint] | None = None) -> str:
+    """Which directory of its file system is seen at `directory`: the host's own name for it, where it has one."""
+    place = os.path.realpath(directory)
+    above = [mount for mount in (mount_points() if mounts is None else mounts) if _holds(mount.path, place)]
+    if not above:
+        return place
+    length = max(len(mount.path) for mount in above)
+    deepest = [mount for mount in above if len(mount.path) == length][-1]
+    rest = place if deepest.path == "/" else place[len(deepest.path) :]
+    return deepest.root.rstrip("/") + rest
+
+
 def _holds(mount: str, place: str) -> bool:
     return mount == "/" or place == mount or place.startswith(mount + "/")
 

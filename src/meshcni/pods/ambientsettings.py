@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, TypeVar
 
+from meshcni import istio
 from meshcni.errors import PodSpecError, SettingError
 from meshcni.pods.ambient import DEFAULT_PROBE_V6, AmbientParameters
 from meshcni.pods.model import Pod
@@ -92,9 +93,15 @@ def read_runtime_patterns(text: str) -> tuple[str, ...]:
 
 def refuse_sandboxed(pod: Pod, patterns: tuple[str, ...]) -> None:
     """Raise PodSpecError when the pod's RuntimeClass matches one of `patterns`: no rules of ours would hold it."""
-    if any(fnmatchcase(pod.runtime_class, pattern) for pattern in patterns):
-        raise PodSpecError(
-            f"pod {pod.full_name} has runtime class {pod.runtime_class}: its network is inside its sandbox, "
-            "where neither rules nor ztunnel's listeners reach it",
-            "label it istio.io/dataplane-mode=none, or see AMBIENT_SANDBOXED_RUNTIMES",
-        )
+    if not any(fnmatchcase(pod.runtime_class, pattern) for pattern in patterns):
+        return
+    has_sidecar = istio.SIDECAR_STATUS in pod.annotations
+    unreached = (
+        "rules in its netns do not reach it" if has_sidecar else "neither rules nor ztunnel's listeners reach it"
+    )
+    out = f"{istio.INJECT_KEY}=false" if has_sidecar else "istio.io/dataplane-mode=none"
+    raise PodSpecError(
+        f"pod {pod.full_name} has runtime class {pod.runtime_class}: "
+        f"its network is inside its sandbox, where {unreached}",
+        f"label it {out}, or see AMBIENT_SANDBOXED_RUNTIMES",
+    )

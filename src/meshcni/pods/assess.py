@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from meshcni.errors import PodSpecError
+from meshcni.pods.ambientsettings import refuse_sandboxed
 from meshcni.pods.annotations import Derived, derive_interception
 from meshcni.pods.eligibility import BAD_PARAMETERS, UNREADABLE, Decision, Policy, Verdict, decide
 from meshcni.pods.model import NO_PAIRS, Namespace, Pod
@@ -33,6 +34,7 @@ def assess(
     if decision.verdict is not Verdict.SIDECAR:
         return Assessment(decision)
     try:
+        refuse_sandboxed(pod, policy.sandboxed_runtimes)
         return Assessment(decision, derive_interception(pod, environment))
     except PodSpecError as error:
         refused = replace(decision, verdict=Verdict.ERROR, reason=BAD_PARAMETERS, evidence=error.message)

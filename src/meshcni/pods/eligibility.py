@@ -13,6 +13,7 @@ from typing import Final
 
 from meshcni import istio
 from meshcni.pflag import go_bool
+from meshcni.pods.ambientsettings import SANDBOXED_RUNTIMES
 from meshcni.pods.interception import NO_INTERCEPTION
 from meshcni.pods.model import Namespace, Pod
 from meshcni.pods.selectors import EnablementSelector
@@ -85,7 +86,8 @@ REASONS: Final = (
 class Policy:
     """The settings that decide about pods; `agent_namespace` is the agent's own, empty when not known.
 
-    `system_namespace` is that of the control plane, in which a pod with ztunnel's label is ztunnel.
+    `system_namespace` is that of the control plane, in which a pod with ztunnel's label is ztunnel; pods of a
+    RuntimeClass that matches one of `sandboxed_runtimes` cannot be redirected.
     """
 
     exclude_namespaces: frozenset[str] = frozenset()
@@ -93,6 +95,7 @@ class Policy:
     ambient_enabled: bool = False
     enablement_selectors: tuple[EnablementSelector, ...] = ()
     system_namespace: str = istio.SYSTEM_NAMESPACE
+    sandboxed_runtimes: tuple[str, ...] = SANDBOXED_RUNTIMES
 
 
 @dataclass(frozen=True, slots=True)
