@@ -24,8 +24,8 @@ class SidecarState(Enum):
 class SidecarRecord:
     """One running sidecar pod. `reason`: why it is not simply captured; `mended`: what was wrong when it was healed.
 
-    `seen_at` is when (UTC) it was last seen captured, by an agent of this life; `early`: it ran before the conf was
-    seen in place. `told` is what people were told last, `attempts` counts looks in a row that did not help.
+    `seen_at` is when (UTC) it was last seen captured, by an agent of this life; `early`: it is older than this agent
+    or its conf. `told` is what people were told last, `attempts` counts looks in a row that did not help.
     """
 
     pod: Pod
@@ -61,7 +61,10 @@ class SidecarRecord:
         if now.found is Found.PARTLY:
             return "incomplete", "what redirects it was left incomplete before this agent first looked"
         if self.early:
-            return "early", "it is older than this agent's conf on the node, and nobody called the plugin for it"
+            return (
+                "early",
+                "it is older than this agent or its conf on the node, and the runtime called no plugin for it",
+            )
         return "plugin-not-called", (
             "the runtime made its sandbox without calling the plugin: another conf came first, if only for a moment, "
             "or this agent was away"

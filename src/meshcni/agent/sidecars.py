@@ -88,6 +88,9 @@ class Pods(Protocol):
     def items(self) -> tuple[Pod, ...]:
         """All pods of this node."""
 
+    def get(self, namespace: str, name: str) -> Pod | None:
+        """One of them."""
+
 
 class PostsEvents(Protocol):
     """What is needed of the recorder of Events."""
@@ -138,17 +141,25 @@ class Sidecars:
         self._records: dict[str, SidecarRecord] = {}
         self._wake = asyncio.Event()
         self._all = False  # a whole round is asked for
+        self._due = 0.0  # when the next one begins by itself, in the loop's time
         self._suspects: set[str] = set()
         self._fresh: set[str] = set()  # programmed by an ADD, whose address the informer has not told yet
         self._conf_in_place = False
+        self._older: set[str] = set()  # UIDs
         self._said: frozenset[str] = frozenset()
 
     # --- what others tell ---------------------------------------------------------------------------------------------
 
     def conf_in_place(self) -> None:
         """The runtime calls the plugin from now on: look at all pods, some may have started just before."""
+        if not self._conf_in_place:
+            self._note_older()
         self._all, self._conf_in_place = True, True
         self._wake.set()
+
+    def _note_older(self) -> None:
+        """Those pods that are there by now are older than the conf, or than this agent."""
+        self._older |= {pod.uid for pod in self._pods.items()}
 
     def programmed(self, pod: Pod) -> None:
         """An ADD has just put the pod's rules in place: it need not be looked at before the next round."""
@@ -186,35 +197,61 @@ class Sidecars:
         """Look until cancelled."""
         await self._may_begin.wait()
         await self._pods.synced.wait()
+        self._note_older()
         self._all = True
-        spread = 0.0
         while True:
-            whole, self._all = self._all, False
-            suspects, self._suspects = self._suspects, set()
-            self._wake.clear()
             try:
-                if not self._superseded():
-                    await (self.round(spread) if whole else self._look_at_suspects(suspects))
+                await self._turn()
             except Exception:  # the next round may do better
                 log.exception("looking at sidecar pods failed")
-            spread = await self._pause()
+            await self._pause()
 
-    async def _pause(self) -> float:
-        """Wait until there is something to do; returns over how many seconds a round is to be spread."""
-        pause = self._seconds * random.uniform(1 - JITTER, 1) - self._seconds * SPREAD
+    async def _turn(self) -> None:
+        """A round when one is due or asked for, else a look at the pods that have just come."""
+        loop = asyncio.get_running_loop()
+        asked, self._all = self._all, False
+        whole = asked or loop.time() >= self._due
+        suspects = self._take_suspects()
+        if whole:
+            pause = self._seconds * (random.uniform(1 - JITTER, 1) - SPREAD)
+            self._due = loop.time() + max(pause, 0.1) + (0.0 if asked else self._seconds * SPREAD)
+        if self._superseded():
+            return
+        if not asked:
+            await self._look_at_suspects(suspects)  # before a round, which takes its time
+        if whole:
+            await self.round(0.0 if asked else self._seconds * SPREAD)
+
+    def _take_suspects(self) -> set[str]:
+        suspects, self._suspects = self._suspects, set()
+        self._wake.clear()
+        return suspects
+
+    async def _pause(self) -> None:
+        """Wait until a round is due or there is something to do."""
+        if not self._all and await self._woken(self._due - asyncio.get_running_loop().time()):
+            await self._sleep(GATHER_SECONDS)
+
+    async def _rest(self, seconds: float) -> None:
+        """Pause within a round; who has just come does not wait for its end."""
+        if not self._all and await self._woken(seconds):
+            await self._sleep(GATHER_SECONDS)
+            await self._look_at_suspects(self._take_suspects())
+
+    async def _woken(self, seconds: float) -> bool:
         try:
-            async with asyncio.timeout(max(pause, 0.1)):
+            async with asyncio.timeout(max(seconds, 0.0)):
                 await self._wake.wait()
         except TimeoutError:
-            self._all = True
-            return self._seconds * SPREAD
-        await self._sleep(GATHER_SECONDS)
-        return 0.0
+            return False
+        return True
 
     async def round(self, spread_seconds: float) -> None:
         """Look at every running sidecar pod once, spread over `spread_seconds`."""
         begin = time.monotonic()
-        pods = [pod for pod in self._pods.items() if self._is_expected(pod)]
+        there = self._pods.items()
+        self._older &= {pod.uid for pod in there}
+        pods = [pod for pod in there if self._is_expected(pod)]
         for uid in self._records.keys() - {pod.uid for pod in pods}:
             del self._records[uid]
         await self._look_at(pods, spread_seconds)
@@ -244,24 +281,27 @@ class Sidecars:
         refused: dict[str, list[str]] = {}
         try:
             for pod in pods:
-                record = self._record(pod)
                 where = found.pop(pod.uid)
+                now = self._pods.get(pod.namespace, pod.name)
+                if now is None or now.uid != pod.uid or not self._is_expected(now):
+                    _close(where)  # it has gone or ended since
+                    continue
+                record = self._record(now)
                 outcome = where if isinstance(where, NotHealed) else await self._examine(record, where)
                 if outcome is not None:
                     self._not_seen(record, outcome)
                     refused.setdefault(outcome.code, []).append(f"{pod.full_name}: {outcome}")
-                if spread_seconds and len(pods) > 1:
-                    await self._sleep(spread_seconds / len(pods))
+                if spread_seconds:
+                    await self._rest(spread_seconds / len(pods))
         finally:
             for rest in found.values():
-                if isinstance(rest, Netns):
-                    rest.close()
+                _close(rest)
         self._say_refusals(refused)
 
     def _record(self, pod: Pod) -> SidecarRecord:
         record = self._records.get(pod.uid)
         if record is None:
-            record = self._records[pod.uid] = SidecarRecord(pod, early=not self._conf_in_place)
+            record = self._records[pod.uid] = SidecarRecord(pod, early=pod.uid in self._older)
         record.pod = pod
         return record
 
@@ -386,6 +426,11 @@ class Sidecars:
 
 def _still(look: Look) -> NotHealed:
     return NotHealed(NOT_PROGRAMMED, f"after programming it still is not captured: {'; '.join(look.words)}")
+
+
+def _close(where: Netns | NotHealed) -> None:
+    if isinstance(where, Netns):
+        where.close()
 
 
 def _timestamp(moment: datetime) -> str:
