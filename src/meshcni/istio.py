@@ -126,3 +126,4 @@ SYSTEM_NAMESPACE = "istio-system"  # of the control plane, unless a setting name
 ZTUNNEL_LABEL = ("app", "ztunnel")  # of ztunnel's own pod, in SYSTEM_NAMESPACE
 HOST_ROOT = "/host"  # where the chart mounts parts of the host
 HOST_PROC = "/host/proc"
+HOST_NETNS_DIR = "/host/var/run/netns"  # the runtime's bound network namespaces

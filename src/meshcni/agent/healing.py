@@ -231,7 +231,7 @@ class Healer:
     async def _search(self, find: Find, wanted: Mapping[str, Wanted]) -> dict[str, Found | Refused]:
         if not wanted:
             return {}
-        walk = asyncio.ensure_future(asyncio.to_thread(find, wanted))
+        walk = asyncio.get_running_loop().run_in_executor(None, find, wanted)
         try:
             return await asyncio.shield(walk)
         except asyncio.CancelledError:

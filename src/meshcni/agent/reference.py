@@ -20,6 +20,7 @@ from meshcni.agent.settings import ROWS, Section
 from meshcni.agent.steps import SandboxGoneError
 from meshcni.errors import MeshCniError
 from meshcni.host.backends.libnftables import NftUnavailableError
+from meshcni.host.mending import WrongAddressError
 from meshcni.kube.failures import ApiError
 from meshcni.pods.eligibility import REASONS
 
@@ -65,6 +66,7 @@ ERROR_CLASSES: tuple[type[MeshCniError], ...] = (
     PrivilegesError,
     SandboxGoneError,
     NftUnavailableError,
+    WrongAddressError,
     ApiError,
 )
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from meshcni import istio
 from meshcni.agent.healing import Healer
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.programming import Programmer
@@ -48,7 +49,7 @@ def make_healer(settings: Settings, pods: Pods, programmer: Programmer) -> Heale
         programmer,
         NetnsFinder(proc.path).find,
         policy(settings),
-        find_bound=BoundNetns(proc.path).find,
+        find_bound=BoundNetns(proc.path, settings.host_netns_dir or istio.HOST_NETNS_DIR).find,
         environment=settings.rule_environment,
         everybody=pods.items,
         never=(*OTHERS_NETNS, f"{proc.path}/1/ns/net"),

@@ -333,6 +333,10 @@ class Settings:
         "", LABEL_SELECTOR, REPAIR, "labels of the pods to look at; empty: all", flag="repair-label-selectors")
     repair_field_selectors: str = _setting(
         "", FIELD_SELECTOR, REPAIR, "fields of the pods to look at; empty: all", flag="repair-field-selectors")
+    host_netns_dir: str = _setting(
+        "", DIRECTORY, REPAIR,
+        f"where the runtime binds network namespaces, for pods without a process; empty: {istio.HOST_NETNS_DIR}",
+        env="HOST_NETNS_DIR", ours=True)
 
     # --- accepted and ignored, so that every chart and script keeps working -------------------------------------------
     cni_network_config: str = _setting(

@@ -9,20 +9,16 @@ be in it. Runtimes bind namespaces below /var/run/netns, which the chart mounts 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final
 
-from meshcni import istio
 from meshcni.errors import NetnsError
 from meshcni.host import processes
 from meshcni.host.netns import enter, facts, open_netns
 from meshcni.host.podnetns import NOT_FOUND, TAKEN, Address, Found, Refused, Wanted
 from meshcni.host.podprocesses import NetnsId, ProcessWalker
 from meshcni.pods.cgrouppath import uid_key
-
-FOLDERS: Final = (f"{istio.HOST_ROOT}/var/run/netns", f"{istio.HOST_ROOT}/run/netns")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +39,11 @@ class _Seen:
 
 
 class BoundNetns:
-    """Looks into `folders`, those that exist; `proc_root` tells whose processes are where."""
+    """Looks into `folder`; `proc_root` tells whose processes are where."""
 
-    def __init__(
-        self, proc_root: str, folders: tuple[str, ...] = FOLDERS, open_file: Callable[[str], int] = open_netns
-    ) -> None:
+    def __init__(self, proc_root: str, folder: str, open_file: Callable[[str], int] = open_netns) -> None:
         self._proc_root = proc_root
-        self._folders = folders
+        self._folder = folder
         self._open = open_file
 
     def find(self, wanted: Mapping[str, Wanted]) -> dict[str, Found | Refused]:
@@ -57,9 +51,9 @@ class BoundNetns:
 
         Raises NetnsError when the root does not tell the host's network namespace, and OSError when it is none.
         """
-        if not any(os.path.isdir(folder) for folder in self._folders):
-            text = f"no folder of network namespaces is mounted at {self._folders[0]}, to look there for one without"
-            return dict.fromkeys(wanted, Refused(NOT_FOUND, f"{text} a process"))
+        if not os.path.isdir(self._folder):
+            text = f"no folder of network namespaces is mounted at {self._folder}, to look for one without a process"
+            return dict.fromkeys(wanted, Refused(NOT_FOUND, text))
         never, occupants = self._occupants()
         # The thread enters one netns after the other and ends: the caller's must stay where it is.
         with ThreadPoolExecutor(1, "bound-netns") as thread:
@@ -99,7 +93,7 @@ class BoundNetns:
     def _namespaces(self, never: frozenset[NetnsId], seen: _Seen) -> Iterator[_Bound]:
         """Every namespace once; whoever iterates owns the descriptors."""
         known: set[NetnsId] = set(never)
-        for path in _files(self._folders):
+        for path in _files(self._folder):
             try:
                 descriptor = self._open(path)
             except NetnsError as error:
@@ -125,7 +119,7 @@ class BoundNetns:
         candidates = holding[key]
         addresses = ", ".join(map(str, pod.addresses))
         if not candidates:
-            text = f"none of the {seen.namespaces} network namespaces in {self._folders[0]} holds {addresses}"
+            text = f"none of the {seen.namespaces} network namespaces in {self._folder} holds {addresses}"
             if seen.unreadable:
                 text += f"; {len(seen.unreadable)} files are none for us, such as {seen.unreadable[0]}"
             return Refused(NOT_FOUND, text)
@@ -152,10 +146,5 @@ def _holders(bound: _Bound, wanted: Mapping[str, Wanted], seen: _Seen) -> list[s
     return [key for key, pod in wanted.items() if pod.addresses and here.issuperset(pod.addresses)]
 
 
-def _files(folders: Iterable[str]) -> Iterator[str]:
-    for folder in folders:
-        try:
-            names = sorted(os.listdir(folder))
-        except OSError:
-            continue  # the other name of the same folder
-        yield from (f"{folder}/{name}" for name in names)
+def _files(folder: str) -> Iterator[str]:
+    return (f"{folder}/{name}" for name in sorted(os.listdir(folder)))
