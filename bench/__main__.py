@@ -14,7 +14,7 @@ from lab.mesh import Mesh
 from lab.node import LabError
 from rich.console import Console
 
-from bench import adds, agent, ambient, image, plugin
+from bench import adds, agent, ambient, cluster, image, plugin, sidecars
 from bench.report import Row, show
 from meshcni.rules.model import Backend
 
@@ -31,8 +31,11 @@ PARTS: Mapping[str, Callable[[Mesh], list[Row]]] = {
     "slow-ack": ambient.slow_ack,
     "restart-nftables": lambda mesh: ambient.restart(mesh, Backend.NFTABLES),
     "restart-iptables": lambda mesh: ambient.restart(mesh, Backend.IPTABLES),
+    "sidecars-nftables": lambda mesh: sidecars.looking_after(mesh, Backend.NFTABLES),
+    "sidecars-iptables": lambda mesh: sidecars.looking_after(mesh, Backend.IPTABLES),
     "repair": agent.repairs,
     "idle": agent.idling,
+    "cluster": lambda _: cluster.measure(),
 }
 
 

@@ -178,7 +178,7 @@ def restart(mesh: Mesh, backend: Backend) -> list[Row]:
         adds = Adds(mesh, f"many-{backend.value[:3]}", _pods(), stack)
         for number in range(PODS):
             run(mesh.node, adds.command(number))
-        _start_processes(mesh, adds, stack)
+        start_processes(mesh, adds, stack, PODS)
         wait_until("every pod is annotated", lambda: _annotated(mesh) >= PODS, WAIT_SECONDS)
         memory = resident_mib(mesh.agent.pid)
         ready, known, cpu, waits = [], [], [], []
@@ -270,11 +270,11 @@ def _pods() -> list[Mapping[str, Any]]:
     return [*pods, *(ambient_pod("bench", f"many-{next(_names)}") for _ in range(RESTARTS))]
 
 
-def _start_processes(mesh: Mesh, adds: Adds, stack: ExitStack) -> None:
-    """Give each pod a process in its netns and in a cgroup that names it, as the runtime does."""
+def start_processes(mesh: Mesh, adds: Adds, stack: ExitStack, count: int) -> None:
+    """Give each of the first `count` pods a process in its netns and in a cgroup that names it, as the runtime does."""
     hierarchy = next(path for path in (CGROUPS / "unified", CGROUPS) if (path / "cgroup.procs").exists())
     parent = hierarchy / mesh.node.name
-    for pod, netns in itertools.islice(zip(adds.pods, adds.netns, strict=True), PODS):
+    for pod, netns in itertools.islice(zip(adds.pods, adds.netns, strict=True), count):
         folder = parent / "kubepods" / f"pod{pod['metadata']['uid']}" / container_id(pod).replace("-", "")
         folder.mkdir(parents=True, exist_ok=True)
         process = mesh.node.spawn(["sleep", "infinity"], netns=netns.path)
