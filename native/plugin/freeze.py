@@ -34,6 +34,7 @@ MODULES = (
     "meshcni.pods",
     "meshcni.pods.interception",
     "meshcni.pods.model",
+    "meshcni.pods.ambientsettings",
     "meshcni.pods.podidentity",
     "meshcni.pods.selectors",
     "meshcni.pods.eligibility",

@@ -15,8 +15,7 @@ from meshcni.protocols.podadd import MAX_REPLY_BYTES
 
 FIRST_PAUSE_SECONDS = 0.01
 MAX_PAUSE_SECONDS = 0.25
-# A living agent accepts at once; where a connection takes longer, the API server is asked in the meantime.
-CONNECT_SECONDS = 1.0
+ACCEPT_SECONDS = 1.0  # a living agent accepts well within this, also when many pods start at once
 # Once connected, the agent gets this long even when the bound is nearly over: it may be programming rules by now, or
 # wait for ztunnel, which looks for a restarted agent after up to 15 s.
 MIN_REPLY_SECONDS = 25.0
@@ -30,11 +29,15 @@ _UNINSTALLED = f"the node agent was uninstalled, a conf still names {istio.PLUGI
 
 
 class _NoReplyError(Exception):
-    """One attempt failed in a way that another one may repair; `was_connected` tells how far it came."""
+    """One attempt failed in a way that another one may repair.
 
-    def __init__(self, text: str, was_connected: bool) -> None:
+    `was_connected` tells how far it came; `is_busy` that others wait for the agent to accept them.
+    """
+
+    def __init__(self, text: str, was_connected: bool = False, is_busy: bool = False) -> None:
         super().__init__(text)
         self.was_connected = was_connected
+        self.is_busy = is_busy
 
 
 def ask_agent(request: Request, message: bytes, netns: int) -> bytes | str:
@@ -45,17 +48,19 @@ def ask_agent(request: Request, message: bytes, netns: int) -> bytes | str:
     down and the API server says that the pod has nothing to do with the mesh. Raises AgentUnavailableError.
     """
     conf = request.conf
-    deadline = time.monotonic() + conf.agent_wait_seconds
+    begin = time.monotonic()
+    deadline = begin + conf.agent_wait_seconds
     agent = Agent(f"{conf.run_dir}/{istio.AGENT_SOCKET_NAME}")
     inquiry = None
     pause = FIRST_PAUSE_SECONDS
     while True:
         try:
-            agent.connect(min(max(deadline - time.monotonic(), FIRST_PAUSE_SECONDS), CONNECT_SECONDS))
+            agent.connect()
             return agent.converse(message, netns, max(deadline - time.monotonic(), MIN_REPLY_SECONDS))
         except _NoReplyError as error:
             problem = error
-        if not problem.was_connected:
+        is_absent = not problem.is_busy or time.monotonic() - begin >= ACCEPT_SECONDS
+        if is_absent and not problem.was_connected:
             if _is_uninstalled(conf.run_dir):
                 return _UNINSTALLED
             if inquiry is None:
@@ -93,23 +98,25 @@ class Agent:
     def is_back(self) -> bool:
         """Whether it can be connected to by now, without waiting."""
         try:
-            self.connect(0.0)
+            self.connect()
         except _NoReplyError:
             return False
         return True
 
-    def connect(self, seconds: float) -> None:
-        """Makes a connection, if there is none yet. Raises _NoReplyError."""
+    def connect(self) -> None:
+        """Makes a connection, if there is none yet, without waiting. Raises _NoReplyError."""
         if self._connection is not None:
             return
         connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-        connection.settimeout(seconds)
+        connection.setblocking(False)
         try:
             connection.connect(self._path)
+        except BlockingIOError:
+            connection.close()
+            raise _NoReplyError(f"{self._path}: nobody accepts", is_busy=True) from None
         except OSError as error:
             connection.close()
-            text = error.strerror or f"nobody accepts within {seconds:g} s"
-            raise _NoReplyError(f"{self._path}: {text}", was_connected=False) from None
+            raise _NoReplyError(f"{self._path}: {error.strerror or error}") from None
         self._connection = connection
 
     def converse(self, message: bytes, netns: int, seconds: float) -> bytes:

@@ -14,6 +14,7 @@ MAX_ANSWER_BYTES = 8 << 20  # etcd stores at most 1.5 MB of an object, unless it
 MAX_SAID = 200  # characters of an error of the API server
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 _DIGITS = "0123456789"
+_MAX_NAME = 253
 
 HINTS = {
     401: "the token in the kubeconfig counts until the agent's pod is deleted, or for an hour: the agent brings a new "
@@ -36,10 +37,15 @@ class ApiCall:
         self._seconds = seconds
         self._agent = agent
 
-    def get(self, kind: str, path: str, name: str) -> dict[str, object]:
-        """An object of the core group. Raises DoubtError when this is not what comes back, and AgentIsBackError."""
-        if not all(map(_is_name, path.split("/"))):
-            raise DoubtError(f"was not asked: {path[:MAX_SAID]!r} names nothing that it could know")
+    def pod(self, namespace: str, name: str) -> dict[str, object]:
+        """A pod. Raises DoubtError when this is not what comes back, and AgentIsBackError."""
+        return self._get("Pod", f"namespaces/{_name(namespace)}/pods/{_name(name)}", name)
+
+    def namespace(self, name: str) -> dict[str, object]:
+        """A namespace. Raises the same."""
+        return self._get("Namespace", f"namespaces/{_name(name)}", name)
+
+    def _get(self, kind: str, path: str, name: str) -> dict[str, object]:
         status, body = response(self._exchange(request(self._access, path)))
         if status != 200:
             said = _said(body)
@@ -173,15 +179,12 @@ def _said(body: bytes) -> str:
     return message[:MAX_SAID] if isinstance(message, str) else ""
 
 
-def _is_name(text: str) -> bool:
-    """What names of namespaces and pods look like: nothing that means something to HTTP or to a path."""
-    return (
-        bool(text)
-        and text[0] in _LETTERS
-        and text[-1] in _LETTERS
-        and not text.strip(_LETTERS + "-.")
-        and len(text) <= 253
-    )
+def _name(text: str) -> str:
+    """The name of a namespace or pod, if it is one: nothing in it means something to HTTP or to a path."""
+    is_name = text and text[0] in _LETTERS and text[-1] in _LETTERS and not text.strip(_LETTERS + "-.")
+    if not is_name or len(text) > _MAX_NAME:
+        raise DoubtError(f"was not asked: {text[:MAX_SAID]!r} names nothing that it could know")
+    return text
 
 
 def _is_number(text: str) -> bool:

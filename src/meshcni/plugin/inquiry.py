@@ -80,12 +80,12 @@ class Inquiry:
             raise DoubtError("was not asked: the runtime does not say the pod's UID", "K8S_POD_UID is not in CNI_ARGS")
         call = ApiCall(f"{request.conf.run_dir}/{istio.KUBECONFIG_NAME}", seconds, self._agent)
         name, namespace = request.pod_name, request.pod_namespace
-        pod = pod_from_object(call.get("Pod", f"namespaces/{namespace}/pods/{name}", name))
+        pod = pod_from_object(call.pod(namespace, name))
         if pod.namespace != namespace or not is_meant(pod, request.pod_uid):
             raise _other_pod(pod, request.pod_uid)
         decision = decide(pod, None, policy)
         if decision.reason is NAMESPACE_UNKNOWN:
-            labels = namespace_from_object(call.get("Namespace", f"namespaces/{namespace}", namespace))
+            labels = namespace_from_object(call.namespace(namespace))
             decision = decide(pod, labels, policy)
         return decision
 
