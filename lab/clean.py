@@ -1,6 +1,7 @@
 """`python -m lab.clean`: removes what a killed run left behind: folders and cgroups with the lab's prefix, no others.
 
-Processes, mounts, netns and interfaces of a node end with the process that made it, whatever ended that one.
+Processes, mounts, netns and interfaces of a node end with the process that made it, whatever ended that one. The control
+plane and the nodes of a cluster are such nodes; the file that says where a cluster is goes when there is none.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from lab.cluster import running
 from lab.node import CGROUP_ROOT, PREFIX, remove_leftovers, start_ticks
 
 
@@ -36,6 +38,8 @@ def main() -> None:
             continue
         remove_leftovers(name, folder)
         print(f"lab.clean: {name} removed")
+    if running.STATE.exists() and running.find() is None:
+        print(f"lab.clean: {running.STATE} removed")
 
 
 if __name__ == "__main__":

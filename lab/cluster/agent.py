@@ -21,7 +21,7 @@ CHART = ROOT / "charts" / "istio-cni"
 RELEASE = "istio-cni"
 VARIABLE = "MESHCNI_CLUSTER_IMAGE"  # a folder with an OCI layout, instead of build/image
 DAEMON_SET = f"/apis/apps/v1/namespaces/{{}}/daemonsets/{istio.DAEMONSET_NAME}"
-READY_SECONDS = 90.0
+READY_SECONDS = 150.0
 
 
 def cluster_image() -> Image:

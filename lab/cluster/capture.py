@@ -15,6 +15,7 @@ from meshcni import istio
 PORT = 80  # of an address to which no node has a route
 PATIENCE_SECONDS = 5.0
 NO_ROUTE = {errno.EHOSTUNREACH, errno.ENETUNREACH}
+LISTEN = "0A"  # state of a socket, net/tcp_states.h
 LEGACY_TABLES = ("ip_tables_names", "ip6_tables_names")
 
 
@@ -73,8 +74,13 @@ def is_redirected(address: str) -> bool:
 
 def listens(port: int) -> bool:
     """Tell, in the calling thread's netns, whether somebody listens on a TCP port, without connecting."""
-    output = subprocess.run(["ss", "-Hltn", f"sport = :{port}"], capture_output=True, text=True, check=True).stdout
-    return bool(output.strip())
+    wanted = f":{port:04X}"
+    for name in ("tcp", "tcp6"):
+        with open(f"/proc/thread-self/net/{name}", encoding="ascii") as file:
+            for fields in map(str.split, file):
+                if fields[1].endswith(wanted) and fields[3] == LISTEN:
+                    return True
+    return False
 
 
 def tables() -> tuple[str, ...]:

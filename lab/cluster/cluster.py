@@ -16,13 +16,14 @@ from lab.cluster.binaries import helm, hyperkube, missing_binaries
 from lab.cluster.capture import Captured, capture
 from lab.cluster.client import ApiClient, ApiError, objects_in, ready
 from lab.cluster.controlplane import TOLERATION_SECONDS, ControlPlane
-from lab.cluster.kubenode import KubeNode
+from lab.cluster.kubenode import ORDER, KubeNode
+from lab.cri import CriError
 from lab.imagelayout import Image
 from lab.images import pause_archive
 from lab.node import CLEAN_ENVIRONMENT, LabError, LabUnavailableError, made_up_name, wait_until
 from meshcni import istio
 
-READY_SECONDS = 60.0
+READY_SECONDS = 120.0  # of a machine that does other things too
 COMMAND_SECONDS = 120.0
 POLL_SECONDS = 0.1
 MAKERS = {  # collections of what has pods, by the path of their group
@@ -212,7 +213,7 @@ class Cluster:
         def safely() -> object:
             try:
                 return check()
-            except (ApiError, OSError):
+            except (ApiError, CriError, OSError):
                 return False
 
         wait_until(what, safely, timeout_seconds, POLL_SECONDS)
@@ -220,18 +221,23 @@ class Cluster:
     def wait_ready(
         self, namespace: str, labels: str = "", count: int = 1, timeout_seconds: float = READY_SECONDS
     ) -> list[dict[str, Any]]:
-        """Return the pods as soon as exactly `count` are there and all of them are ready."""
+        """Return the pods as soon as exactly `count` are there and all are ready, not only in the API's memory."""
         found: list[dict[str, Any]] = []
 
         def check() -> bool:
             found[:] = self.pods(namespace, labels)
-            return len(found) == count and all(ready(pod) for pod in found)
+            return len(found) == count and all(ready(pod) for pod in found) and self.are_current(found)
 
         try:
             self.wait(f"{count} pods {labels} of {namespace} are ready", check, timeout_seconds)
         except LabError as error:
             raise LabError(f"{error}\n{self._describe(found)}") from None
         return found
+
+    def are_current(self, pods: Iterable[Mapping[str, Any]]) -> bool:
+        """Tell whether the containers that the API says pods have are those that run: it is late after a power loss."""
+        running = {name: node.runtime.running_ids() for name, node in self.nodes.items() if node.is_running}
+        return all(container_ids(pod) <= running.get(pod["spec"]["nodeName"], set()) for pod in pods)
 
     def wait_pod(
         self,
@@ -254,32 +260,46 @@ class Cluster:
             raise LabError(f"{error}\n{self._describe(found)}") from None
         return found[0]
 
-    def wait_nodes(self, names: Iterable[str] = (), *, ready: bool = True, timeout_seconds: float = 60) -> None:
+    def wait_nodes(
+        self, names: Iterable[str] = (), *, ready: bool = True, timeout_seconds: float = READY_SECONDS
+    ) -> None:
         """Return when the nodes, all by default, are Ready, or with `ready` false when they are not."""
         wanted = set(names or self.nodes)
 
         def check() -> bool:
             found = self.api.list("/api/v1/nodes")
-            are = {each["metadata"]["name"] for each in found if condition(each, "Ready") == "True"}
+            are = {each["metadata"]["name"] for each in found if self._is_ready(each)}
             return wanted <= are if ready else not wanted & are
 
         self.wait(f"nodes {', '.join(sorted(wanted))} are {'' if ready else 'not '}Ready", check, timeout_seconds)
 
+    def _is_ready(self, obj: Mapping[str, Any]) -> bool:
+        """Tell whether a node is Ready since its last start."""
+        node = self.nodes[obj["metadata"]["name"]]
+        is_of_this_boot = not node.is_running or obj["status"]["nodeInfo"]["bootID"] == node.boot_id
+        return is_of_this_boot and condition(obj, "Ready") == "True"
+
+    def reboot(self, name: str, order: Sequence[str] = ORDER, *, timeout_seconds: float = READY_SECONDS) -> None:
+        """Have a node lose its power, start it and return when it is Ready again; its pods may not be yet."""
+        self.nodes[name].power_loss()
+        self.nodes[name].start(order)
+        self.wait_nodes([name], timeout_seconds=timeout_seconds)
+
     def wait_rollout(self, path: str, labels: str, timeout_seconds: float = READY_SECONDS) -> None:
         """Return when a DaemonSet's newest pods, which have `labels`, are ready on all nodes."""
+        where = path.split("/namespaces/")[1].partition("/")[0]
 
         def check() -> bool:
             found = self.api.get(path)
             status, wanted = found["status"], found["status"].get("desiredNumberScheduled", 0)
             is_seen = status.get("observedGeneration") == found["metadata"]["generation"]
             counts = (status.get("updatedNumberScheduled"), status.get("numberReady"))
-            return is_seen and wanted > 0 and counts == (wanted, wanted)
+            return is_seen and wanted > 0 and counts == (wanted, wanted) and self.are_current(self.pods(where, labels))
 
         try:
             self.wait(f"{path} is rolled out", check, timeout_seconds)
         except LabError as error:
-            pods = self.pods(path.split("/namespaces/")[1].partition("/")[0], labels)
-            raise LabError(f"{error}\n{self._describe(pods)}") from None
+            raise LabError(f"{error}\n{self._describe(self.pods(where, labels))}") from None
 
     def wait_service_account(self, namespace: str) -> None:
         """Return when a namespace has its default service account, without which no pod can be made in it."""
@@ -426,3 +446,9 @@ def condition(obj: Mapping[str, Any], kind: str) -> str:
     """Return the status of a condition of an object: True, False, Unknown; empty when it has none."""
     found = obj.get("status", {}).get("conditions") or ()
     return next((each["status"] for each in found if each["type"] == kind), "")
+
+
+def container_ids(pod: Mapping[str, Any]) -> set[str]:
+    """Return the ids of a pod's containers, by the API."""
+    statuses = pod.get("status", {}).get("containerStatuses") or ()
+    return {each.get("containerID", "").rpartition("/")[2] for each in statuses}

@@ -22,7 +22,7 @@ from lab.node import LabError, Node, wait_until
 ETCD = "http://127.0.0.1:2379"
 ETCD_PEER = "http://127.0.0.1:2380"
 BRIDGE = "lan"
-START_SECONDS = 90.0
+START_SECONDS = 150.0
 GRACE_SECONDS = 6  # without a word from a node, after which it is not ready; Kubernetes' own default is 50
 NOT_NEEDED = (  # controllers of what no test has: volumes of a cloud, certificates, autoscaling, quotas
     "bootstrap-signer-controller",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from lab.cluster import addresses, nodeconfig
 from lab.cluster.addresses import NodeAddresses
@@ -18,6 +19,8 @@ from lab.cluster.runtime import AGENT_CONTAINER, NodeRuntime, RunningContainer
 from lab.containerd import SOCKET, START_SECONDS, SYSTEM_PLUGINS
 from lab.cri import CriError, Sandbox
 from lab.node import CGROUP_ROOT, LabError, Node, remove_cgroups, wait_until
+from meshcni import istio
+from meshcni.cli.control import STATUS_PATH, ask
 
 HERE = Path(__file__).parent
 HYPERKUBE_INSIDE = "/run/lab/hyperkube"
@@ -43,7 +46,8 @@ class KubeNode(Node):
         self.kube_name, self.addresses = kube_name, NodeAddresses(number)
         self.boots = 0
         self._imported: set[Path] = set()
-        self._control, self._proxy_mode, self._keep_conflist = control, proxy_mode, keep_conflist
+        self._control, self._proxy_mode = control, proxy_mode
+        self.keep_conflist = keep_conflist  # at the next start
         self._daemons: dict[str, Daemon] = {}
         self._runtime: NodeRuntime | None = None
 
@@ -63,6 +67,11 @@ class KubeNode(Node):
     def is_running(self) -> bool:
         """Whether it has power."""
         return self._runtime is not None
+
+    @property
+    def boot_id(self) -> str:
+        """What the kubelet tells the API server, and what is another one after each start."""
+        return self.path("/run/lab/boot_id").read_text().strip()
 
     def init_arguments(self) -> list[str]:
         """Return the script that covers the host's folders with the disk."""
@@ -116,7 +125,7 @@ class KubeNode(Node):
         self.boots += 1
         self._connect()
         self._make_cgroups()
-        if first or not self._keep_conflist:
+        if first or not self.keep_conflist:
             self.write_conflist()
         self._runtime = NodeRuntime(self)
         self._configure()
@@ -252,6 +261,10 @@ class KubeNode(Node):
         if container is None:
             raise LabError(f"no agent runs on {self.kube_name}")
         return container.check(*command)
+
+    def agent_status(self) -> dict[str, Any]:
+        """Return what `install-cni status -o json` says here, asked as it asks; MeshCniError when nobody answers."""
+        return ask(str(self.path(os.path.realpath(istio.RUN_DIR))), "GET", STATUS_PATH)
 
     def wait_agent(self, timeout_seconds: float) -> None:
         """Return when an agent's container runs."""

@@ -20,3 +20,8 @@ done
 for setting in /proc/sys/net/bridge/bridge-nf-call-iptables /proc/sys/net/bridge/bridge-nf-call-ip6tables; do
     [ ! -e "$setting" ] || echo 1 > "$setting"
 done
+# A pod that is not in the mesh shall learn at once, each time, that there is no way to an address.
+for setting in /proc/sys/net/ipv4/icmp_ratelimit /proc/sys/net/ipv6/icmp/ratelimit; do echo 0 > "$setting"; done
+# By this the kubelet knows, and says to the API server, that the node has been rebooted.
+cat /proc/sys/kernel/random/uuid > /run/lab/boot_id
+mount --bind /run/lab/boot_id /proc/sys/kernel/random/boot_id

@@ -66,6 +66,13 @@ class NodeRuntime(Containerd):
             for each in found
         ]
 
+    def running_ids(self) -> set[str]:
+        """Return the ids of all running containers."""
+        pb = self.cri.messages
+        state = pb.ContainerStateValue(state=pb.ContainerState.Value("CONTAINER_RUNNING"))
+        found = self.cri.call("ListContainers", filter=pb.ContainerFilter(state=state)).containers
+        return {each.id for each in found}
+
     def container(self, namespace: str, pod: str, name: str) -> RunningContainer:
         """Return a pod's running container; LabError when there is none."""
         for found in self.running(name, pod, namespace):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from lab.cluster.capture import Captured
 from lab.cri import CriError
 from lab.node import LabError
 from meshcni import istio
+from meshcni.errors import MeshCniError
 from meshcni.pods.assess import Assessment, assess
 from meshcni.pods.eligibility import Policy, Verdict
 from meshcni.pods.model import namespace_from_object, pod_from_object
@@ -106,8 +106,8 @@ def of_statuses(cluster: Cluster, pods: Iterable[Object]) -> list[str]:
         if not (node.is_running and node.agent_alive()):
             continue
         try:
-            status = json.loads(node.agent(istio.AGENT_NAME, "status", "-o", "json"))
-        except (LabError, CriError, ValueError) as error:
+            status = node.agent_status()
+        except MeshCniError as error:
             found.append(f"{node.kube_name}: the agent gives no status: {error}")
             continue
         said = {each["pod"]: each for each in (status.get("ambient") or {}).get("pods") or ()}
