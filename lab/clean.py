@@ -1,7 +1,7 @@
 """`python -m lab.clean`: removes what a killed run left behind: folders and cgroups with the lab's prefix, no others.
 
-Processes, mounts, netns and interfaces of a node end with the process that made it, whatever ended that one. The control
-plane and the nodes of a cluster are such nodes; the file that says where a cluster is goes when there is none.
+Processes, mounts, netns and interfaces of a node end with the process that made it, whatever ended that one. Control
+plane and nodes of a cluster are such nodes; the file that says where a cluster is goes when there is none.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from lab.cluster import running
 from lab.node import CGROUP_ROOT, PREFIX, remove_leftovers, start_ticks
 
 
@@ -38,6 +37,8 @@ def main() -> None:
             continue
         remove_leftovers(name, folder)
         print(f"lab.clean: {name} removed")
+    from lab.cluster import running  # heavy, and not needed by those who only look for leftovers
+
     if running.STATE.exists() and running.find() is None:
         print(f"lab.clean: {running.STATE} removed")
 

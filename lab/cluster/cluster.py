@@ -245,7 +245,7 @@ class Cluster:
         name: str,
         check: Callable[[dict[str, Any]], object] = ready,
         *,
-        timeout_seconds: float = 60,
+        timeout_seconds: float = READY_SECONDS,
     ) -> dict[str, Any]:
         """Return a pod as soon as `check` of it is true: ready, by default."""
         found: list[dict[str, Any]] = []

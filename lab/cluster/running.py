@@ -20,7 +20,8 @@ from lab.cluster.binaries import ROOT
 from lab.cluster.cluster import PROXY_MODES, Cluster
 from lab.node import LabError, start_ticks, wait_until
 
-FOLDER = ROOT / "build" / "cluster"
+VARIABLE = "MESHCNI_CLUSTER_STATE"  # another folder than build/cluster, for a second cluster
+FOLDER = Path(os.environ.get(VARIABLE) or ROOT / "build" / "cluster")
 STATE, LOG = FOLDER / "state.json", FOLDER / "holder.log"
 UP_SECONDS, DOWN_SECONDS = 300.0, 60.0
 AMBIENT = {"ambient": {"enabled": True}}

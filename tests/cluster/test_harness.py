@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from lab import namespaces
 from lab.clean import leftovers
 from lab.clean import main as clean_main
-from lab.cluster import Cluster, workloads
+from lab.cluster import Cluster, running, workloads
 from lab.cluster.binaries import ROOT
 from lab.cluster.client import ready
 from lab.node import CGROUP_ROOT, PREFIX, LabError, wait_until
@@ -118,6 +119,7 @@ def test_power_loss_takes_all_but_the_disk(cluster: Cluster, shop: str, pods: di
     cluster.wait_nodes(["n2"], ready=False)
     node.start()
     cluster.wait_nodes(["n2"])
+    assert cluster.api.get("/api/v1/nodes/n2")["status"]["nodeInfo"]["bootID"] == node.boot_id
     assert node.run(["cat", "/opt/cni/kept"]) == "kept\n"
     assert not node.path("/run/gone").exists()
     back = cluster.wait_pod(shop, "on-n2", lambda pod: ready(pod) and restarts(pod) == 1)
@@ -173,6 +175,68 @@ def validation_code(pod: dict) -> int | None:
             if "terminated" in state:
                 return int(state["terminated"]["exitCode"])
     return None
+
+
+def test_verdict_finds_what_contradicts_itself(cluster: Cluster, shop: str) -> None:
+    """With an agent all agree; then rules are taken from one pod and given to another behind its back."""
+    market = cluster.new_namespace("market", ambient=True)
+    try:
+        cluster.install_agent({"ambient": {"enabled": True}, "sidecarReconcile": "off"})
+        cluster.install_ztunnel()
+        cluster.apply([workloads.sidecar_pod(shop, "cart", node="n1"), workloads.plain_pod(shop, "batch", node="n2")])
+        cluster.apply(workloads.plain_pod(market, "web", node="n2"))
+        cluster.wait_ready(shop, count=2)
+        cluster.wait_ready(market, count=1)
+        cluster.wait_agreed()
+        found = {name: cluster.capture(cluster.pod(where, name)) for where, name in ((shop, "cart"), (market, "web"))}
+        assert found["cart"].both
+        assert not found["cart"].tunnel
+        assert found["web"].both
+        assert found["web"].tunnel
+        change_rules(cluster, shop, "cart", "flush ruleset")
+        change_rules(cluster, shop, "batch", "add table ip somebody")
+        said = "\n".join(cluster.verdict())
+        assert f"{shop}/cart: it is a sidecar pod and not captured" in said
+        assert f"{shop}/batch: it is not in the mesh (no-proxy-container) and touched" in said
+        assert market not in said
+        cluster.nodes["n1"].kill_agent()
+        assert not cluster.nodes["n1"].agent_alive()
+        cluster.wait_agent()
+    finally:
+        cluster.delete_namespace(market)
+        cluster.uninstall_agent()
+        cluster.delete_namespace("istio-system", wait=True)
+
+
+def change_rules(cluster: Cluster, namespace: str, name: str, order: str) -> None:
+    netns = cluster.pod_netns(cluster.pod(namespace, name))
+    namespaces.call_in_netns(netns, partial(subprocess.run, ["nft", order], check=True))
+
+
+def test_command_line_leaves_a_cluster_up_until_it_is_told_to_end_it(tmp_path: Path) -> None:
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "lab.cluster", *words],
+            cwd=ROOT,
+            env={**os.environ, running.VARIABLE: str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert "no cluster is up" in command("kubectl", "get", "nodes").stderr
+    started = command("up", "--nodes", "1")
+    try:
+        assert started.returncode == 0, started.stderr
+        assert "n1" in command("kubectl", "get", "nodes", "-o", "name").stdout
+        assert command("helm", "list", "-A").returncode == 0
+        assert "up already" in command("up").stderr
+    finally:
+        ended = command("down")
+    assert "has ended" in ended.stdout
+    name = next(word for word in ended.stdout.split() if word.startswith(PREFIX))
+    assert not {each for each in leftovers() if each.startswith(name)}
+    assert command("down").stdout == "no cluster is up\n"
 
 
 def test_clusters_do_not_know_of_each_other(cluster: Cluster, pods: dict[str, dict]) -> None:
