@@ -86,3 +86,53 @@ def test_allowance_runs_out_and_comes_back() -> None:
     assert [allowance.take() for _ in range(3)] == [True, True, False]
     clock.now += 100
     assert sum(allowance.take() for _ in range(10)) == 3
+
+
+SIDECAR = {
+    "pod": "shop/cart",
+    "uid": "u",
+    "state": "captured",
+    "reason": "",
+    "netnsInode": 4026532000,
+    "variant": "nft",
+    "seenCaptured": "2026-01-01T01:02:03Z",
+    "lastMended": "",
+}
+
+
+def sidecars(*pods: dict[str, object], trouble: str = "") -> str:
+    section = {"mode": "heal", "trouble": trouble, "pods": [SIDECAR | pod for pod in pods]}
+    return as_text(DOCUMENT | {"sidecars": section})
+
+
+def test_status_counts_sidecars_and_shows_those_that_need_a_look() -> None:
+    text = sidecars(
+        {},
+        {"pod": "shop/mended", "lastMended": "no rules at all: older than the conf"},
+        {"pod": "shop/open", "state": "uncaptured", "reason": "nat is flushed: somebody did it", "netnsInode": None},
+        {"pod": "shop/far", "state": "unknown", "reason": "no process of it was found", "variant": ""},
+    )
+    assert "sidecars   4 pods: 2 captured, 1 uncaptured, 1 not looked at; what is not captured: heal\n" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("shop/")]
+    assert [row[:2] for row in rows] == [
+        ["shop/open", "uncaptured"],
+        ["shop/far", "unknown"],
+        ["shop/mended", "captured"],
+    ]
+    assert "nat is flushed: somebody did it" in text
+    assert "mended: no rules at all" in text
+
+
+def test_status_without_sidecars() -> None:
+    assert "sidecars   0 pods on this node; what is not captured: heal\n" in sidecars()
+    assert as_text(DOCUMENT | {"sidecars": None}) == as_text(DOCUMENT)
+    assert "sidecars   are not looked at: no /proc of the host\n" in sidecars(trouble="no /proc of the host")
+
+
+def test_status_shows_what_the_repair_controller_is_at() -> None:
+    pod = {"pod": "shop/cart", "uid": "u", "cause": "istio-validation failed", "failures": 2, "last": "label: refused"}
+    repair = {"mode": "label", "reason": "", "broken": 1, "pods": [pod]}
+    text = as_text(DOCUMENT | {"repair": repair})
+    assert "repair     label: 1 broken pod\n" in text
+    assert "shop/cart: istio-validation failed; label: refused" in text
+    assert as_text(DOCUMENT | {"repair": repair | {"broken": 0, "pods": []}}) == as_text(DOCUMENT)
