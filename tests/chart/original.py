@@ -34,6 +34,20 @@ KEYS = {
     "NATIVE_NFTABLES",
 }
 OWNED_NAME_KEY = "ISTIO_OWNED_CNI_CONF_FILENAME"  # the one that its chart writes
+# The values that have a default there; maps that are one value as a whole are not gone into.
+_VALUES = """
+    hub tag variant image pullPolicy logging.level cniBinDir cniConfDir cniConfFileName cniNetnsDir
+    istioOwnedCNIConfig istioOwnedCNIConfigFileName excludeNamespaces affinity daemonSetLabels podLabels
+    podAnnotations chained provider ambient.enabled ambient.enablementSelectors ambient.configDir ambient.dnsCapture
+    ambient.ipv6 ambient.reconcileIptablesOnStartup ambient.shareHostNetworkNamespace
+    ambient.enableAmbientDetectionRetry repair.enabled repair.hub repair.tag repair.labelPods repair.deletePods
+    repair.repairPods repair.initContainerName repair.brokenPodLabelKey repair.brokenPodLabelValue seccompProfile
+    seLinuxOptions useAppArmorAnnotation resources resourceQuotas.enabled resourceQuotas.pods tolerations
+    updateStrategy terminationGracePeriodSeconds revision ownerName env global.hub global.tag global.variant
+    global.imagePullPolicy global.imagePullSecrets global.logging.level global.logAsJson global.defaultResources
+    global.networkPolicy.enabled global.nativeNftables global.resourceScope
+"""
+VALUES = set(_VALUES.split())
 OWN_DAEMONSET: Right = ("apps", "daemonsets", "istio-cni-node", "get")
 
 

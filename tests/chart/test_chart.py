@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.chart.releases import CHART, IMAGE, NAMESPACE, ROOT, helm
+from tests.chart import original
+from tests.chart.releases import CHART, IMAGE, NAMESPACE, ROOT, helm, release
 
 import meshcni
 
@@ -81,6 +82,22 @@ def test_every_value_has_a_default_and_every_default_a_type() -> None:
     assert given - typed == set()
 
 
+def test_releases_of_istios_chart_can_reuse_their_values() -> None:
+    """Helm then takes the other chart's defaults for ours, and they lack what only we have."""
+    own = yaml.safe_load((CHART / "files" / "own-values.yaml").read_text())
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())[DEFAULTS]
+    assert set(leaves(own)) == set(leaves(defaults)) - original.VALUES
+    assert original.VALUES - set(leaves(defaults)) == set()
+    for path in leaves(own):
+        assert value_at(own, path) == value_at(defaults, path), path
+    without = {
+        **dict.fromkeys(own),
+        "ambient": dict.fromkeys(own["ambient"]),
+        "global": dict.fromkeys(own["global"]),
+    }
+    assert release({DEFAULTS: without}).objects == release({}).objects
+
+
 def test_every_value_is_described() -> None:
     described = (CHART / "README.md").read_text()
     for path in leaves(yaml.safe_load((CHART / "values.yaml").read_text())[DEFAULTS]):
@@ -92,6 +109,12 @@ def test_readme_is_fresh(tmp_path: Path) -> None:
     done = subprocess.run([ROOT / "scripts" / "chart-readme", page], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert page.read_text() == (CHART / "README.md").read_text(), "run scripts/chart-readme"
+
+
+def value_at(values: Mapping[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        values = values[key]
+    return values
 
 
 def leaves(defaults: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -7,7 +7,8 @@ What somebody wrote for this release thus always wins over a file of the chart.
 {{- if hasKey .Values "defaults" }}
 {{- fail "istio-cni: `defaults` is not a value. Drop the prefix: `defaults.ambient.enabled` is `ambient.enabled`" }}
 {{- end }}
-{{- $values := .Values._internal_defaults_do_not_set | toJson | fromJson }}
+{{- $values := .Files.Get "files/own-values.yaml" | fromYaml }}
+{{- include "istio-cni.overlay" (dict "on" $values "by" (.Values._internal_defaults_do_not_set | toJson | fromJson)) }}
 {{- $plain := omit .Values "_internal_defaults_do_not_set" "cni" | toJson | fromJson }}
 {{- $prefixed := .Values.cni | default dict | toJson | fromJson }}
 {{- $asked := deepCopy $values }}
