@@ -112,7 +112,7 @@ def helm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as home:
         environment = {"PATH": os.environ["PATH"], "HOME": home, "KUBECONFIG": os.devnull}
         command = [str(program()), *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
 
 
 def template(values: Values, *options: str, chart: Path = CHART) -> subprocess.CompletedProcess[str]:
