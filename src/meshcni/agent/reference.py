@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from meshcni import errors
+from meshcni import errors, istio
+from meshcni.agent import rights
 from meshcni.agent.hostside import HostSideError
 from meshcni.agent.metrics import METRICS
 from meshcni.agent.netnssearch import NetnsNotFoundError
 from meshcni.agent.podadds import AGENT_REASONS, AddRefusedError
+from meshcni.agent.prerequisites import EVENT_REASON
 from meshcni.agent.privileges import EXIT_STATUS, PrivilegesError
 from meshcni.agent.reconciler import EnrollmentError
 from meshcni.agent.settings import ROWS, Section
@@ -77,6 +79,7 @@ def pages() -> Mapping[str, str]:
         "settings.md": _page("Settings of install-cni", _settings()),
         "metrics.md": _page("Metrics of install-cni", _metrics()),
         "reasons.md": _page("Verdicts and reasons", _reasons()),
+        "rights.md": _page("Rights of the agent at the API server", _rights()),
         "exit-codes.md": _page("Exit statuses, CNI error codes, error classes", _exit_codes()),
     }
 
@@ -146,6 +149,34 @@ def _reasons() -> Iterator[str]:
     yield ""
     rows = [(_code(reason.code), reason.verdict.value, reason.text) for reason in (*REASONS, *AGENT_REASONS)]
     yield from _table(("reason", "verdict", "meaning"), rows)
+
+
+def _rights() -> Iterator[str]:
+    yield "Each rule on its own: what asks for it, and what is not done while it is refused. The agent asks the API"
+    yield "server which of them it has, at its start and whenever it is refused something. What is missing is in its log,"
+    yield f"in an Event `{EVENT_REASON}` at its own pod, in `/readyz` and in `install-cni status`, with the role to apply."
+    yield ""
+    parts = (
+        ("Always", rights.PODS_RIGHTS),
+        ("Ambient mode", rights.AMBIENT_RIGHTS),
+        ("Events", (rights.EVENTS_RIGHT,)),
+        ("The end of the agent", rights.DEPARTURE_RIGHTS),
+        ("Repair", tuple(rights.REPAIR_RIGHTS.values())),
+    )
+    for title, table in parts:
+        yield f"## {title}"
+        yield ""
+        rows = [
+            (_code(str(right)), right.needed_for, right.without, right.weight.value, right.chart) for right in table
+        ]
+        yield from _table(("right", "needed for", "without it", "then", "granted by the chart"), rows)
+    yield "## Not asked for"
+    yield ""
+    unused = ", ".join(_code(right) for right in rights.UNUSED)
+    yield f"Istio's own chart grants {unused} as well; nothing here uses them."
+    yield "To repair broken pods in place needs no right of its own. `get daemonsets` is asked for by the name"
+    yield f"`{istio.DAEMONSET_NAME}` alone."
+    yield ""
 
 
 def _exit_codes() -> Iterator[str]:
