@@ -153,8 +153,9 @@ def _reasons() -> Iterator[str]:
 
 def _rights() -> Iterator[str]:
     yield "Each rule on its own: what asks for it, and what is not done while it is refused. The agent asks the API"
-    yield "server which of them it has, at its start and whenever it is refused something. What is missing is in its log,"
-    yield f"in an Event `{EVENT_REASON}` at its own pod, in `/readyz` and in `install-cni status`, with the role to apply."
+    yield "server which of them it has, at its start and whenever it is refused something. What is missing is in its"
+    yield f"log, in an Event `{EVENT_REASON}` at its own pod, in `/readyz` and in `install-cni status`, with the role"
+    yield "to apply."
     yield ""
     parts = (
         ("Always", rights.PODS_RIGHTS),
