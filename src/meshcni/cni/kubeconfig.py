@@ -1,4 +1,4 @@
-"""The kubeconfig in the run dir: not for our plugin, which has no credentials, but for the original's and for tools."""
+"""The kubeconfig in the run dir: for our plugin while the agent is down, for the original's, and for tools."""
 
 from __future__ import annotations
 
