@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-TIERS = {"pure", "kernel", "node"}
+TIERS = {"pure", "kernel", "node", "cluster"}
 HERE = Path(__file__).parent
 
 

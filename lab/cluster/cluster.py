@@ -16,7 +16,7 @@ from lab.cluster.binaries import helm, hyperkube, missing_binaries
 from lab.cluster.capture import Captured, capture
 from lab.cluster.client import ApiClient, ApiError, objects_in, ready
 from lab.cluster.controlplane import TOLERATION_SECONDS, ControlPlane
-from lab.cluster.kubenode import ORDER, KubeNode
+from lab.cluster.kubenode import ORDER, KubeNode, launcher
 from lab.cri import CriError
 from lab.imagelayout import Image
 from lab.images import pause_archive
@@ -434,7 +434,7 @@ class Cluster:
 
     def _enter(self, node: ControlPlane | KubeNode) -> None:
         self._entered.append(node)
-        node.__enter__()
+        launcher.submit(node.__enter__).result()
 
 
 def pod_path(namespace: str, name: str) -> str:

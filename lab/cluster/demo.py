@@ -154,7 +154,7 @@ def in_words(call: Call) -> str:
 
 def address_of(pod: Object, version: int) -> str:
     """Return a pod's address of an IP version."""
-    return next(each["ip"] for each in pod["status"]["podIPs"] if (":" in each["ip"]) == (version == 6))
+    return str(next(each["ip"] for each in pod["status"]["podIPs"] if (":" in each["ip"]) == (version == 6)))
 
 
 def show(console: Console, demo: Demo) -> None:

@@ -29,7 +29,7 @@ ORDER = ("containerd", "kubelet")
 IMPORT_TRIES = 2  # an import has been seen to do nothing, once in 13 starts
 
 # A node's processes end when the thread ends that started it, so that one has to live as long as this process.
-_launcher = ThreadPoolExecutor(1, "cluster-launcher")
+launcher = ThreadPoolExecutor(1, "cluster-launcher")
 
 
 class KubeNode(Node):
@@ -89,7 +89,7 @@ class KubeNode(Node):
         The disk is as it was, /run is empty, the conflist is written anew unless `keep_conflist`.
         """
         if not self.is_running:
-            _launcher.submit(self._start).result()
+            launcher.submit(self._start).result()
         for name in order:
             if name == "containerd":
                 self.start_containerd(images)

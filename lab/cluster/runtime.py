@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lab.cluster.nodeconfig import BIN_DIR, CONF_DIR
 from lab.container import Container
@@ -93,6 +93,6 @@ class NodeRuntime(Containerd):
                 return self.cri.sandbox(identifier)
         raise LabError(f"no running sandbox of pod uid {uid}")
 
-    def _ready_sandboxes(self) -> list[tuple[str, object]]:
+    def _ready_sandboxes(self) -> list[tuple[str, Any]]:
         is_ready = self.cri.messages.PodSandboxState.Value("SANDBOX_READY")
         return [(item.id, item.metadata) for item in self.cri.call("ListPodSandbox").items if item.state == is_ready]
