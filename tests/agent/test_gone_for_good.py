@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import yaml
 from lab.apiserver import ApiServer
 from lab.objects import daemonset_object, sidecar_pod, unmeshed_pod
+from tests.agent.container import Container, user
 from tests.agent.contract import BRIDGE, Node
 from tests.agent.scene import NODE, Agent, new_netns, wait_until
 from tests.plugin.harness import PLUGIN, ROOT, Outcome, run, variables
@@ -297,6 +299,34 @@ def test_stopped_before_the_first_list(place: Place) -> None:
     place.lets_everything_pass(remembered)
 
 
+CLEANUP = ROOT / "docs" / "manifests" / "istio-cni-cleanup.yaml"
+
+
+def test_the_cleanup_manifest(place: Place) -> None:
+    """A pod that needs no plugin to start, with no API server and no account: all that is left of a cluster's node."""
+    agent = place.ready()
+    remembered = place.entry()
+    place.node.scene.api.crash()
+    stop(agent)
+    spec = yaml.safe_load(CLEANUP.read_text())["spec"]
+    assert spec["hostNetwork"] is True
+    (container,) = spec["containers"]
+    paths = {volume["name"]: volume["hostPath"]["path"] for volume in spec["volumes"]}
+    of_host = {"/opt/cni/bin": place.node.bin, "/etc/cni/net.d": place.node.conf, "/var/run/istio-cni": place.node.run}
+    mounts = {mount["mountPath"]: of_host.get(paths[mount["name"]]) for mount in container["volumeMounts"]}
+    program = place.node.scene.program
+    inside = Container(place.node.scene, {path: folder for path, folder in mounts.items() if folder}, user(0))
+    environment = inside.environment() | {one["name"]: one.get("value", NODE) for one in container["env"]}
+    owned = {name: value for name, value in MODES[place.mode].items() if name.startswith("ISTIO_OWNED")}
+    entry = place.node.conf / FILES[place.mode]
+    entry.write_text(entry.read_text().replace(str(place.node.run), istio.RUN_DIR))  # as on a real node
+    done = place.node.scene.run(*container["command"][1:], **(environment | owned | {"KUBERNETES_SERVICE_HOST": ""}))
+    place.node.scene.program = program
+    assert done.returncode == 0, done.stderr
+    place.is_clean()
+    place.lets_everything_pass(remembered)
+
+
 # --- while others write -----------------------------------------------------------------------------------------------
 
 
@@ -349,11 +379,10 @@ def test_the_primary_is_gone(place: Place, frozen: Frozen) -> None:
     place.lets_everything_pass(*remembered)
 
 
+@pytest.mark.parametrize("mode", ["owned"], indirect=True)
 @pytest.mark.parametrize("text", ["{ broken", CONF], ids=["broken", "without our entry"])
 def test_our_own_file_was_spoilt(place: Place, frozen: Frozen, text: str) -> None:
     """Broken it would keep containerd from loading any conf; without our entry it would hide the primary for ever."""
-    if place.mode != "owned":
-        pytest.skip("there is no copy")
     frozen(lambda: (place.node.conf / FILES["owned"]).write_text(text))
     place.is_clean()
 
