@@ -86,11 +86,12 @@ def wait_rounds(mesh: Mesh, count: int) -> None:
 def rounds_at_rest(mesh: Mesh) -> tuple[float, float]:
     """CPU milliseconds of one round, and how many programs the agent starts in one."""
     wait_rounds(mesh, 1)
-    before = process_cpu_milliseconds(mesh.agent.pid)
-    wait_rounds(mesh, ROUNDS)
-    cpu = (process_cpu_milliseconds(mesh.agent.pid) - before) / ROUNDS
+    rounds, before = mesh.agent.metric(ROUNDS_METRIC), process_cpu_milliseconds(mesh.agent.pid)
+    time.sleep(ROUNDS * INTERVAL_SECONDS)  # asking how far it is would cost as much as a round
+    spent = process_cpu_milliseconds(mesh.agent.pid) - before
+    cpu = spent / max(mesh.agent.metric(ROUNDS_METRIC) - rounds, 1)
     with counted_processes(mesh) as executed:
-        wait_rounds(mesh, 1)
+        time.sleep(INTERVAL_SECONDS)  # an agent that is traced is slow to answer questions
     return cpu, float(len(executed))
 
 
