@@ -127,7 +127,7 @@ def missing(ruleset: Ruleset) -> tuple[str, ...]:
     if not (ruleset.addresses or ruleset.policy_rules or ruleset.routes):
         return ()
     with Rtnetlink() as netlink:
-        rules = netlink.mark_rules()
+        rules = netlink.mark_rules() if ruleset.policy_rules else []
         addresses = {entry.packed for entry in netlink.addresses()} if ruleset.addresses else set()
         routes = set(netlink.local_routes()) if ruleset.routes else set()
     absent = [str(item.address) for item in ruleset.addresses if item.address.packed not in addresses]
