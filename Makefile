@@ -79,8 +79,9 @@ verify-image: setup ## IMAGE=layout or reference: checks it (with KEY=public.pem
 expected: setup  ## write the expected rule files anew; read the diff before committing it
 	@scripts/expected
 
-reference: setup ## write docs/reference anew from the tables in the code
+reference: setup ## write docs/reference and the chart's README anew from the tables in the code and the values
 	@scripts/reference
+	@scripts/chart-readme
 
 format: setup    ## format the code in place
 	@.venv/bin/ruff check --fix -q $(SOURCES) || true
