@@ -231,6 +231,7 @@ class ApiDouble:
     def serve(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):
             connection.settimeout(60)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as servers in Go
             if self.tls is None:
                 self.handler(connection, "")
                 return

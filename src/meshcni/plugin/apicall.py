@@ -96,6 +96,7 @@ class ApiCall:
         import _tls
 
         server.setblocking(False)
+        server.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)  # the request follows the handshake at once
         try:
             server.connect(address)
         except BlockingIOError:
