@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+import zlib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ CONNECT_SECONDS = 4.0  # TCP, proxy and TLS together; less than client.CALL_SECO
 MAX_IDLE = 4  # connections kept for the next call
 IDLE_SECONDS = 60.0  # a real API server closes idle ones after 90 s
 READ_BYTES = 64 * 1024
+GZIP = "gzip"  # an API server compresses what is not watched, from 128 KiB on: a list of namespaces to a tenth and less
+GZIP_WINDOW = 16 + zlib.MAX_WBITS
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class ClusterTransport:
         connection = self._take_idle() or await self._connect(call)
         self._busy.add(connection)
         try:
-            fields = {"Host": self._authority, **headers}
+            fields = {"Host": self._authority, "Accept-Encoding": GZIP, **headers}
             if body is not None:
                 fields["Content-Length"] = str(len(body))
             with _no_answer(call, failures.TIMEOUT):
@@ -120,7 +123,10 @@ class ClusterTransport:
             if not isinstance(head, h11.Response):
                 raise without_answer(failures.BROKEN, call, "the connection ended without an answer")
             names = {name.decode(): value.decode("latin-1") for name, value in head.headers}
-            yield OpenAnswer(head.status_code, names, _chunks(call, connection, read_seconds))
+            chunks = _chunks(call, connection, read_seconds)
+            if names.get("content-encoding") == GZIP:
+                chunks = _decompressed(call, chunks)
+            yield OpenAnswer(head.status_code, names, chunks)
         finally:
             self._busy.discard(connection)
             self._keep_or_abort(connection)
@@ -189,6 +195,17 @@ async def _chunks(call: str, connection: _Connection, read_seconds: float) -> As
         if not isinstance(event, h11.Data):
             return
         yield bytes(event.data)
+
+
+async def _decompressed(call: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    stream = zlib.decompressobj(GZIP_WINDOW)
+    try:
+        async for chunk in chunks:
+            yield stream.decompress(chunk)
+    except zlib.error as error:
+        raise without_answer(failures.BROKEN, call, f"the answer cannot be decompressed: {error}") from error
+    if not stream.eof:
+        raise without_answer(failures.BROKEN, call, "the compressed answer is not whole")
 
 
 class _no_answer:
