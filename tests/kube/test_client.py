@@ -541,10 +541,8 @@ async def test_calls_and_failures_leave_nothing_open(world: World) -> None:
             await failure_of(api.get_pod("apps", "a", timeout=0.03))
         server.clear_faults()
         await api.get_pod("apps", "a")
-        await asyncio.sleep(0.05)  # the double closes its ends
-
-        assert open_descriptors() <= before
-        assert len(asyncio.all_tasks()) <= tasks + 1
+        # The double closes its ends; a busy machine takes its time for it, and what leaks never goes.
+        await until(lambda: open_descriptors() <= before and len(asyncio.all_tasks()) <= tasks + 1)
 
 
 async def test_the_pool_does_not_use_a_connection_the_server_closed(world: World) -> None:
