@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from tests.install.hosts import BRIDGE, Host, Record, running, until
 
-from meshcni.agent.installation import Installation, InstallConfig
-from meshcni.agent.installer import Installer
+from meshcni.agent.installation import LASTING_SECONDS, Installation, InstallConfig
+from meshcni.agent.installer import FIGHT_REPAIRS, Installer
 from meshcni.errors import InstallError
 
 KILLS = 250
@@ -110,6 +110,22 @@ async def test_a_fight_over_the_conf_is_bounded_and_told(host: Host, caplog: pyt
     assert overwritten <= installer.status.conf_fights
     assert [(path, "cni.exclusive=false" in hint) for path, hint in record.fights] == [(str(path), True)]
     assert any("changed again by somebody else" in entry.message for entry in caplog.records)
+
+
+async def test_a_slow_fight_over_the_conf_is_told_too(host: Host) -> None:
+    """Somebody who leaves our entry alone for longer than a writer at once does is no less a fighter."""
+    path = host.write("05-cilium.conflist", BRIDGE)
+    record = Record()
+    async with running(host.config(), record) as installer:
+        await until(lambda: installer.ready)
+        for repairs in range(1, FIGHT_REPAIRS + 1):
+            assert not record.fights
+            await asyncio.sleep(LASTING_SECONDS)
+            host.write("05-cilium.conflist", BRIDGE)
+            await until(lambda wanted=repairs: installer.status.conf_fights == wanted)
+        await until(lambda: record.fights)
+    assert [(path, "cni.exclusive=false" in hint) for path, hint in record.fights] == [(str(path), True)]
+    assert "cni.exclusive=false" in installer.status.contested
 
 
 def test_what_another_writes_between_our_look_and_our_rename_is_not_lost(host: Host) -> None:

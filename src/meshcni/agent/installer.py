@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -29,6 +30,8 @@ POLL_SECONDS = 5.0  # between looks when a directory cannot be watched
 QUIET_SECONDS = 0.005  # after a change: its writer may do one more
 BUSY_QUIET_SECONDS = 0.05  # when changes come thick
 FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 30.0
+# So many repairs within so long are a fight, also when each of them lasted for a while: some rewrite once a second.
+FIGHT_REPAIRS, FIGHT_SECONDS = 5, 60.0
 FIGHT_WARNING_SECONDS = 30.0  # between two warnings that somebody keeps changing the conf
 
 # Who is known to rewrite confs, by what their file's name contains, and what to tell them.
@@ -120,6 +123,7 @@ class Installer:
         self._unwatched: dict[str, str] = {}  # directory -> why it cannot be watched
         self._retry_seconds = FIRST_RETRY_SECONDS
         self._last_look = self._last_fight_warning = float("-inf")
+        self._repaired: deque[float] = deque(maxlen=FIGHT_REPAIRS)  # when
 
     @property
     def ready(self) -> bool:
@@ -234,10 +238,14 @@ class Installer:
                 contested=before.contested,
             )
         )
-        if outcome.held_back_seconds:
+        self._repaired.extend([self._last_look] * outcome.repairs)
+        if outcome.held_back_seconds or (outcome.repairs and self._repairs_are_many()):
             self._warn_of_fight(outcome.conf_path)
         if ready:
             self.installed.set()
+
+    def _repairs_are_many(self) -> bool:
+        return len(self._repaired) == FIGHT_REPAIRS and self._last_look - self._repaired[0] <= FIGHT_SECONDS
 
     def _warn_of_fight(self, path: str) -> None:
         if self._last_look - self._last_fight_warning < FIGHT_WARNING_SECONDS:
