@@ -41,6 +41,16 @@ def test_plugins_that_are_elsewhere_name_the_platform(host: Host, tmp_path: Path
     assert path.exists()
 
 
+def test_plugins_and_confs_where_they_are_by_default_name_no_platform(tmp_path: Path) -> None:
+    """Then it is a value of cniBinDir or cniConfDir that was set by mistake."""
+    root = root_of(tmp_path)
+    for directory, name in (("/opt/cni/bin", "bridge"), ("/etc/cni/net.d", "10-a.conflist")):
+        Path(f"{root}{directory}").mkdir(parents=True)
+        Path(f"{root}{directory}/{name}").touch()
+    assert platforms.hint_for_plugins(str(root), ["bridge"]) == "set the chart's cniBinDir=/opt/cni/bin, its default"
+    assert platforms.hint_for_confs(str(root)) == "set the chart's cniConfDir=/etc/cni/net.d, its default"
+
+
 def test_plugins_that_are_nowhere_name_all_platforms_that_differ(host: Host) -> None:
     host.write("10-a.conflist", BRIDGE)
     (note,) = Installation(host.config()).look_and_repair().notes

@@ -38,19 +38,26 @@ PLATFORMS = (
 )
 
 
+DEFAULTS = Platform("")  # what the chart has without any platform; a value that was set by mistake may be the trouble
+
+
 def hint_for_plugins(host_root: str, types: Collection[str]) -> str:
     """Which platform has the plugins of `types` where ours should be; all that differ where the host cannot be seen.
 
     `host_root`: where the host's file system is seen, such as /host/proc/1/root; empty: nowhere.
     """
-    fits = [one for one in PLATFORMS if types and all(_exists(host_root, one.bin_dir, name) for name in types)]
-    return _advice(fits, "cniBinDir", [one for one in PLATFORMS if one.bin_dir != Platform("").bin_dir])
+    differ = [one for one in PLATFORMS if one.bin_dir != DEFAULTS.bin_dir]
+    fits = [
+        one for one in (DEFAULTS, *differ) if types and all(_exists(host_root, one.bin_dir, name) for name in types)
+    ]
+    return _advice(fits, f"cniBinDir={DEFAULTS.bin_dir}", differ)
 
 
 def hint_for_confs(host_root: str) -> str:
     """Which platform has confs where ours should be; all that differ where the host cannot be seen."""
-    fits = [one for one in PLATFORMS if _has_confs(host_root, one.conf_dir)]
-    return _advice(fits, "cniConfDir", [one for one in PLATFORMS if one.conf_dir != Platform("").conf_dir])
+    differ = [one for one in PLATFORMS if one.conf_dir != DEFAULTS.conf_dir]
+    fits = [one for one in (DEFAULTS, *differ) if _has_confs(host_root, one.conf_dir)]
+    return _advice(fits, f"cniConfDir={DEFAULTS.conf_dir}", differ)
 
 
 def networked(pods: Iterable[Pod]) -> int:
@@ -67,11 +74,12 @@ def hint_for_read_only(directory: str) -> str:
     )
 
 
-def _advice(fits: Iterable[Platform], value: str, others: Iterable[Platform]) -> str:
-    found = [one.value for one in fits]
+def _advice(fits: Iterable[Platform], default: str, others: Iterable[Platform]) -> str:
+    """`default` is the chart's own value and its name, which is what fits when DEFAULTS do."""
+    found = [one.value if one.name else f"{default}, its default" for one in fits]
     if found:
         return f"set the chart's {' or '.join(found)}"
-    return f"set the chart's {value}, or one of {'; '.join(one.value for one in others)}"
+    return f"set the chart's {default.partition('=')[0]}, or one of {'; '.join(one.value for one in others)}"
 
 
 def _exists(host_root: str, directory: str, name: str) -> bool:
