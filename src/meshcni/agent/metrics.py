@@ -207,8 +207,8 @@ SIDECAR_DRIFT = Metric(
     Type.COUNTER,
     "times that the redirection of a running sidecar pod was not in place, and what was done",
     ("cause", "result"),
-    "cause: early (older than the agent or its conf), plugin-not-called, new-sandbox, removed (while it ran), incomplete; "
-    "result: healed, reported, failed",
+    "cause: early (older than the agent or its conf), plugin-not-called, new-sandbox, removed (while it ran), "
+    "incomplete; result: healed, reported, failed",
 )
 SIDECAR_VERIFICATION = Metric(
     "istio_cni_sidecar_verification_seconds",
