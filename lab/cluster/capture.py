@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lab import namespaces
 from lab.cluster.addresses import NOWHERE_V4, NOWHERE_V6
@@ -24,7 +26,8 @@ class Captured:
     """What was found in a pod's netns.
 
     `v4`, `v6`: whether an outbound connection to nowhere is led somewhere else (to be taken or refused there).
-    `tunnel`: whether ztunnel listens for HBONE inside. `tables`: the tables of rules there, such as `inet istio…`.
+    `tunnel`: whether ztunnel listens for HBONE inside. `tables`: the tables with something of somebody's, such as
+    `inet istio…`.
     """
 
     v4: bool
@@ -86,13 +89,21 @@ def listens(port: int) -> bool:
 def tables() -> tuple[str, ...]:
     """Return the tables of rules in the calling thread's netns: nftables' (iptables-nft is there too), and legacy ones.
 
-    The name of a legacy table is given only if it has rules or chains of somebody's.
+    Those without rules or chains of somebody's are left out: iptables makes its own tables and never takes them away.
     """
-    listed = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
-    found = [line.removeprefix("table ") for line in listed.splitlines() if line.startswith("table ")]
+    listed = subprocess.run(["nft", "-j", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
+    found = list(dict.fromkeys(table for each in json.loads(listed)["nftables"] for table in holder(each)))
     for name in LEGACY_TABLES:
         found += legacy_tables(name)
     return tuple(found)
+
+
+def holder(listed: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Give the table that an entry of nft's JSON shows not to be empty."""
+    for kind, entry in listed.items():
+        is_idle = kind == "chain" and entry.get("policy") == "accept"  # a base chain, which alone does nothing
+        if "table" in entry and not is_idle:
+            yield f"{entry['family']} {entry['table']}"
 
 
 def legacy_tables(name: str, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> list[str]:

@@ -195,7 +195,7 @@ def test_verdict_finds_what_contradicts_itself(cluster: Cluster, shop: str) -> N
         assert found["web"].both
         assert found["web"].tunnel
         change_rules(cluster, shop, "cart", "flush ruleset")
-        change_rules(cluster, shop, "batch", "add table ip somebody")
+        change_rules(cluster, shop, "batch", "add table ip somebody; add chain ip somebody any")
         said = "\n".join(cluster.verdict())
         assert f"{shop}/cart: it is a sidecar pod and not captured" in said
         assert f"{shop}/batch: it is not in the mesh (no-proxy-container) and touched" in said
