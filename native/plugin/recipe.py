@@ -12,6 +12,8 @@ WARN = ("-Wall", "-Wextra", "-Wno-missing-field-initializers")
 # Packed relative relocations take 5 KB instead of 100, which each start has to read.
 LINK = ("-s", "-Wl,--gc-sections,--build-id=none,-z,pack-relative-relocs,-z,relro,-z,now,-z,noexecstack")
 
+# What a start needs lies together, and OpenSSL behind it: the kernel maps more around a page than is asked for.
+LIBRARIES = ("-Wl,--start-group", "-lgcc", "-lgcc_eh", "-lc", "-lssl", "-lcrypto", "-Wl,--end-group")
 LINK_PLUGIN = ("-Wl,--wrap=OPENSSL_cpuid_setup", "-Wl,-Map,link.map")
 
 
@@ -53,7 +55,7 @@ def commands(tools: Tools) -> tuple[tuple[str, ...], ...]:
         tools.compile("frozen.c"),
         (
             *(*tools.compiler, "-static-pie", *LINK, *LINK_PLUGIN, "-o", "istio-cni"),
-            *("main.o", "slim.o", "tls.o", "frozen.o", tools.library, "-lssl", "-lcrypto", "-lz", "-lm"),
+            *("main.o", "slim.o", "tls.o", "frozen.o", tools.library, "-lz", "-lm", *LIBRARIES),
         ),
         (tools.interpreter, "-I", "postpone.py", "istio-cni", "link.map"),
     )

@@ -162,14 +162,25 @@ def test_every_frozen_module_can_be_imported(tmp_path: Path) -> None:
     imports = "".join(f"import {name}\n" for name in modules)
     (folder / "src/meshcni/plugin/__main__.py").write_text(f"import sys\n{imports}sys.exit(0)\n")
     assert run({}, path=build(folder)).status == 0
-    missing = "try:\n    import json\nexcept ModuleNotFoundError:\n    sys.exit(17)\n"
+    missing = "try:\n    __import__('json')\nexcept ModuleNotFoundError:\n    sys.exit(17)\n"
     (folder / "src/meshcni/plugin/__main__.py").write_text(f"import sys\n{missing}")
     assert run({}, path=build(folder)).status == 17
 
 
+def test_nothing_is_frozen_that_could_not_be_imported(tmp_path: Path) -> None:
+    """A module of the agent's that imports more of the library than there are stand-ins for stops the build."""
+    folder = copy_of_the_sources(tmp_path)
+    with (folder / "src/meshcni/pods/podidentity.py").open("a") as file:
+        file.write("\n\nimport shutil\n\nif shutil.which('x'):\n    pass\n")
+    command = [folder / "scripts" / "build-plugin"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "meshcni.pods.podidentity imports shutil, which is neither frozen nor built in" in done.stderr
+
+
 def test_a_fault_before_any_handler_is_still_an_answer(tmp_path: Path) -> None:
     folder = copy_of_the_sources(tmp_path)
-    (folder / "src/meshcni/plugin/__main__.py").write_text("import nothing_like_that\n")
+    (folder / "src/meshcni/plugin/__main__.py").write_text("__import__('nothing_like_that')\n")
     broken = build(folder)
     done = run(variables(), path=broken)
     assert (done.status, done.stderr) == (1, b"")
