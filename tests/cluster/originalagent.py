@@ -24,6 +24,12 @@ CONFS, RUN = Path("/host/etc/cni/net.d"), Path("/var/run/istio-cni")
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 ZTUNNEL = "/var/run/ztunnel/ztunnel.sock"
 PODS = RUN / "original-pods.json"
+FOUND = RUN / "original-found.json"  # what was there when it started
+SOCKETS = {
+    str(RUN / "log.sock"): socket.SOCK_STREAM,
+    ZTUNNEL: socket.SOCK_SEQPACKET,
+    str(RUN / "pluginevent.sock"): socket.SOCK_STREAM,
+}
 SELECTORS = [
     {"podSelector": {"matchLabels": {"istio.io/dataplane-mode": "ambient"}}, "namespaceSelector": {}},
     {
@@ -66,6 +72,29 @@ def write(path: Path, text: str, mode: int) -> None:
     partial.touch(mode=mode)
     partial.write_text(text)
     partial.rename(path)
+
+
+def look() -> None:
+    """Note what the agent before it has left."""
+    kubeconfig = RUN / "istio-cni-kubeconfig"
+    found = {
+        "sockets": {path: state_of(path, kind) for path, kind in SOCKETS.items()},
+        "confs": {path.name: path.read_text() for path in CONFS.iterdir()},
+        "kubeconfig": kubeconfig.read_text() if kubeconfig.exists() else None,
+        "plugin": TARGET.exists(),
+    }
+    FOUND.write_text(json.dumps(found))
+
+
+def state_of(path: str, kind: int) -> str:
+    with socket.socket(socket.AF_UNIX, kind) as client:
+        try:
+            client.connect(path)
+        except FileNotFoundError:
+            return "absent"
+        except ConnectionRefusedError:
+            return "stale"
+    return "in use"
 
 
 def install() -> None:
@@ -159,12 +188,8 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     threading.Thread(target=HTTPServer(("", 8000), Health).serve_forever, daemon=True).start()
-    sockets = {
-        str(RUN / "log.sock"): socket.SOCK_STREAM,
-        ZTUNNEL: socket.SOCK_SEQPACKET,
-        str(RUN / "pluginevent.sock"): socket.SOCK_STREAM,
-    }
-    listeners = {path: listen(path, kind) for path, kind in sockets.items()}
+    look()
+    listeners = {path: listen(path, kind) for path, kind in SOCKETS.items()}
     for path in (RUN / "log.sock", RUN / "pluginevent.sock"):
         path.chmod(0o666)
     threading.Thread(target=serve_ztunnel, args=(listeners[ZTUNNEL],), daemon=True).start()
@@ -173,7 +198,7 @@ def main() -> None:
     say("ready")
     ended.wait()
     # An upgrade, as far as it knows: plugin, conf and kubeconfig stay, sockets go with their listeners.
-    for path in sockets:
+    for path in SOCKETS:
         Path(path).unlink(missing_ok=True)
     say("ended")
 

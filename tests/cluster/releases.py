@@ -5,18 +5,19 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lab.cluster import Cluster, KubeNode, workloads
+from lab.cluster.agent import cluster_image
 from lab.cluster.client import ready
 from lab.cluster.nodeconfig import BIN_DIR, CONF_DIR, CONF_NAME
-from lab.imagelayout import LAYOUT, Image, find_image
+from lab.imagelayout import Image
 
 from meshcni import istio
+from meshcni.errors import MeshCniError
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "istio-cni"
@@ -24,6 +25,7 @@ NAMESPACE, NAME = "istio-system", "istio-cni"
 AGENTS = "k8s-app=istio-cni-node"
 DAEMONSET = f"/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/{istio.DAEMONSET_NAME}"
 RUN_DIR, ZTUNNEL_DIR = "/run/istio-cni", "/run/ztunnel"
+ROLES = ("istio-cni", "istio-cni-repair-role", "istio-cni-ambient")
 CONF = f"{CONF_DIR}/{CONF_NAME}"
 PLUGIN = f"{BIN_DIR}/{istio.PLUGIN_NAME}"
 
@@ -40,18 +42,13 @@ def release_on(cluster: Cluster) -> Iterator[Release]:
         release.remove()
 
 
-def image_under_test() -> Image:
-    """The image under test: that of the layout in MESHCNI_CLUSTER_IMAGE, else of build/image."""
-    return find_image(layout=Path(os.environ.get("MESHCNI_CLUSTER_IMAGE") or LAYOUT))
-
-
 class Release:
     """The agent on a cluster; `remove` takes it away, whatever installed it."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.namespaces: list[str] = []
-        image = image_under_test()
+        image = cluster_image()
         self.tagged = image.name
         self.by_digest = f"{image.name.rpartition(':')[0]}@{image.descriptor['digest']}"
         self._import(image)
@@ -89,24 +86,23 @@ class Release:
 
     def remove(self) -> None:
         """Take away pods, release, manifests and what stays on the nodes: the next test finds no mesh."""
-        import time
-
-        t0 = time.time()
         for name in self.namespaces:
             self.cluster.api.delete(f"/api/v1/namespaces/{name}/pods", grace_seconds=0)
             self.cluster.api.delete(f"/api/v1/namespaces/{name}")
         left = set(self.namespaces)
         self.cluster.wait("pods are gone", lambda: not left & {namespace_of(pod) for pod in self.cluster.pods()})
-        print("pods gone", time.time() - t0)
-        self.cluster.api.delete(DAEMONSET)  # first, so that the agents see why they end; without rights they wait
-        self.cluster.wait("the agents are gone", lambda: not self.cluster.pods(NAMESPACE, AGENTS))
+        # first, so that the agents see why they end; without rights they would wait
+        self.cluster.api.delete(f"/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets")
+        self.cluster.wait("the agents are gone", lambda: not self.cluster.pods(NAMESPACE))
         if NAME in self.cluster.helm("list", "--namespace", NAMESPACE, "--short").split():
             self.cluster.helm("uninstall", NAME, "--namespace", NAMESPACE)
-        for role in ("istio-cni", "istio-cni-repair-role", "istio-cni-ambient"):
-            self.cluster.api.delete(f"/apis/rbac.authorization.k8s.io/v1/clusterroles/{role}")
+        for role in ROLES:
+            for kind in ("clusterroles", "clusterrolebindings"):
+                self.cluster.api.delete(f"/apis/rbac.authorization.k8s.io/v1/{kind}/{role}")
+        for kind, name in (("serviceaccounts", "istio-cni"), ("configmaps", "istio-cni-config")):
+            self.cluster.api.delete(f"/api/v1/namespaces/{NAMESPACE}/{kind}/{name}")
         for node in self.cluster.nodes.values():
             clean(node)
-        print("all", time.time() - t0)
 
     def add_namespace(self, name: str, *, ambient: bool = False) -> str:
         """Make a namespace whose name begins with `name` and is nobody else's; returns the name."""
@@ -134,18 +130,40 @@ class Release:
     def agents(self) -> dict[str, dict[str, Any]]:
         """The agents' pods that stay, by the name of their node."""
         pods = self.cluster.pods(NAMESPACE, AGENTS)
-        return {pod["spec"]["nodeName"]: pod for pod in pods if "deletionTimestamp" not in pod["metadata"]}
+        staying = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"] and "nodeName" in pod["spec"]]
+        return {pod["spec"]["nodeName"]: pod for pod in staying}
 
     def status(self, node: str) -> dict[str, Any]:
         """The document of `install-cni status` of a node."""
-        found: dict[str, Any] = json.loads(self.cluster.nodes[node].agent("install-cni", "status", "--output", "json"))
-        return found
+        return self.cluster.nodes[node].agent_status()
+
+    def wait_serving(self, node: str) -> None:
+        """Return when the agent of a node says that it is ready; it may not even have begun."""
+
+        def is_ready() -> bool:
+            try:
+                return bool(self.status(node)["ready"])
+            except MeshCniError:  # no agent answers
+                return False
+
+        self.cluster.wait(f"the agent of {node} is ready", is_ready)
 
     def log(self, node: str) -> str:
         """The agent's log of a node."""
         return self.cluster.log(NAMESPACE, self.agents()[node]["metadata"]["name"])
 
 
+HOST_RULES = """
+for command in iptables-nft ip6tables-nft; do
+    $command -w -t nat -D POSTROUTING -j ISTIO_POSTRT
+    $command -w -t nat -F ISTIO_POSTRT
+    $command -w -t nat -X ISTIO_POSTRT
+done
+ipset destroy istio-inpod-probes-v4
+ipset destroy istio-inpod-probes-v6
+nft delete table inet istio-ambient-nat
+true
+"""
 CTR = ("ctr", "--address", "/run/containerd/containerd.sock", "--namespace", "k8s.io")
 
 
@@ -154,6 +172,7 @@ def clean(node: KubeNode) -> None:
     for folder in (RUN_DIR, ZTUNNEL_DIR):
         shutil.rmtree(node.path(folder), ignore_errors=True)
     node.path(PLUGIN).unlink(missing_ok=True)
+    node.run(["sh", "-c", f"exec 2>/dev/null {HOST_RULES}"])
     node.write_conflist()
     for found in node.path(CONF_DIR).iterdir():
         if found.name != CONF_NAME:
