@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from lab.ztunnel.client import Program
@@ -167,6 +168,19 @@ def test_sandboxed_runtime_is_refused(ambient: AmbientScene, agent: Agent) -> No
     assert "kata-qemu" in reply.message
     assert "AMBIENT_SANDBOXED_RUNTIMES" in reply.details
     assert everything_in(pod) == before
+
+
+@pytest.mark.parametrize(
+    "options", [{"runtime_class": "gvisor"}, {"annotations": {istio.REROUTE_VIRTUAL_INTERFACES: "a b"}}]
+)
+def test_pod_that_was_refused_is_forgotten_with_its_end(
+    ambient: AmbientScene, agent: Agent, options: dict[str, Any]
+) -> None:
+    pod = ambient.new_pod(**options)
+    assert not add(agent, pod).ok
+    wait_state(agent, pod, "unknown")
+    ambient.delete(pod)
+    wait_state(agent, pod, "")
 
 
 def test_sandboxed_runtime_can_be_let_in(ambient: AmbientScene, ztunnel: Program) -> None:

@@ -327,8 +327,9 @@ class Reconciler:
 
 
 def _lacks_parameters(record: PodRecord) -> bool:
-    """Whether the pod's annotations make no rules, and it has none from before that could go on."""
-    return record.parameters_error is not None and record.intent is Intent.ENROLL and not record.undoing
+    """Whether the pod's annotations make no rules, and it has none from before that could go on; it has not ended."""
+    stays = record.intent is Intent.ENROLL and record.life is not Life.ENDED
+    return record.parameters_error is not None and stays and not record.undoing
 
 
 def _answer(record: PodRecord, error: MeshCniError | None) -> None:
