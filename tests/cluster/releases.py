@@ -62,7 +62,7 @@ class Release:
                 node.run([*CTR, "images", "tag", "--force", self.tagged, self.by_digest])
 
     def _archive(self, image: Image) -> Path:
-        archive = self.cluster.control.folder / f"image-{image.tag}.tar"
+        archive = self.cluster.control.folder / f"image-{image.descriptor['digest'][-12:]}.tar"
         return archive if archive.exists() else image.write_archive(archive)
 
     # --- Helm ---------------------------------------------------------------------------------------------------------

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from lab.cluster import Cluster, workloads
+from lab.cluster.hostpods import ztunnel_daemon_set
 from tests.cluster.releases import (
     AGENTS,
     DAEMONSET,
     NAMESPACE,
     Release,
     entry,
+    is_enrolled,
     moment,
     release_on,
     restarts,
@@ -121,3 +124,44 @@ def check_status_by_kubectl(cluster: Cluster, *, user: int) -> None:
 
 
 # --- ambient mode -----------------------------------------------------------------------------------------------------
+
+
+# --- ambient mode -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proxy_mode", ["iptables", "nftables"])
+def test_ambient_mode(request: pytest.FixtureRequest, proxy_mode: str) -> None:
+    """Pods that run are enrolled, new ones captured by the plugin, others left alone, whatever kube-proxy programs."""
+    is_native = proxy_mode == "nftables"
+    cluster: Cluster = request.getfixturevalue("nftables_cluster" if is_native else "cluster")
+    with contextmanager(release_on)(cluster) as release:
+        ambient_mode(cluster, release, native_nftables=is_native)
+
+
+def ambient_mode(cluster: Cluster, release: Release, *, native_nftables: bool) -> None:
+    mesh, other = release.add_namespace("mesh", ambient=True), release.add_namespace("other")
+    cluster.apply([workloads.plain_pod(mesh, f"running-{node}", node=node) for node in cluster.nodes])
+    cluster.apply(workloads.plain_pod(other, "running"))
+    cluster.wait_ready(mesh, count=len(cluster.nodes))
+    cluster.wait_ready(other)
+
+    native = f"cni.global.nativeNftables={json.dumps(native_nftables)}"
+    release.install("profile=ambient", native, wait=False)
+    cluster.apply(ztunnel_daemon_set())
+    release.wait_rollout()
+    for node in cluster.nodes:
+        cluster.wait_pod(mesh, f"running-{node}", is_enrolled)
+
+    cluster.apply([workloads.plain_pod(mesh, f"new-{node}", node=node) for node in cluster.nodes])
+    cluster.apply([workloads.ambient_pod(other, "labelled"), workloads.plain_pod(other, "new")])
+    for pod in cluster.wait_ready(mesh, count=2 * len(cluster.nodes)):
+        found = cluster.capture(pod)
+        assert found.both
+        assert found.tunnel
+        assert is_enrolled(cluster.pod(mesh, pod["metadata"]["name"]))
+    cluster.wait_ready(other, count=3)
+    assert cluster.capture(cluster.pod(other, "labelled")).both
+    for name in ("running", "new"):
+        assert cluster.capture(cluster.pod(other, name)).is_untouched
+    check_status_by_kubectl(cluster, user=0)
+    cluster.wait_agreed()
