@@ -64,6 +64,7 @@ def test_uninstall_with_running_pods(cluster: Cluster, release: Release, way: st
         cluster.wait(f"{name} is gone", lambda name=name: name not in pod_names(cluster, shop), PATIENCE_SECONDS)
     assert node_conditions(cluster) == conditions  # Ready all the time
     assert not [event for event in cluster.events(shop) if event["reason"] == "FailedKillPod"]
+    cluster.wait_agreed(PATIENCE_SECONDS)
 
 
 def install(cluster: Cluster, release: Release, way: str) -> str:
