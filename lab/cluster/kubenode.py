@@ -23,7 +23,7 @@ from meshcni import istio
 from meshcni.cli.control import STATUS_PATH, ask
 
 HERE = Path(__file__).parent
-HYPERKUBE_INSIDE = "/run/lab/hyperkube"
+DAEMONS_INSIDE = "/run/lab"
 CHECKOUT_INSIDE = "/run/lab/checkout"  # for hostPath volumes, read only
 ORDER = ("containerd", "kubelet")
 IMPORT_TRIES = 2  # an import has been seen to do nothing, once in 13 starts
@@ -164,11 +164,11 @@ class KubeNode(Node):
         nodeconfig.write_json(self.disk / nodeconfig.KUBELET_CONFIG, kubelet)
         nodeconfig.write_json(self.disk / nodeconfig.PROXY_CONFIG, proxy)
         kubelet_command = [
-            *(HYPERKUBE_INSIDE, "kubelet", "--config", f"/{nodeconfig.KUBELET_CONFIG}"),
+            *(f"{DAEMONS_INSIDE}/kubelet", "kubelet", "--config", f"/{nodeconfig.KUBELET_CONFIG}"),
             *("--kubeconfig", str(pki.kubeconfig(f"kubelet-{self.kube_name}"))),
             *("--node-ip", f"{self.addresses.v4},{self.addresses.v6}", "--hostname-override", self.kube_name, "--v=2"),
         ]
-        proxy_command = [HYPERKUBE_INSIDE, "kube-proxy", "--config", f"/{nodeconfig.PROXY_CONFIG}"]
+        proxy_command = [f"{DAEMONS_INSIDE}/kube-proxy", "kube-proxy", "--config", f"/{nodeconfig.PROXY_CONFIG}"]
         self._daemons = {
             "containerd": Daemon(self, "containerd", self.runtime.command()),
             "kubelet": Daemon(self, "kubelet", kubelet_command, supervised=True),

@@ -3,6 +3,8 @@
 # The last two are shown below /run/lab, because their own place may be covered.
 touch /run/lab/hyperkube
 mount --bind "$2" /run/lab/hyperkube
+# A process is named after the file that was started; our agent looks for a kubelet by that name.
+for name in kubelet kube-proxy; do ln -s hyperkube /run/lab/$name; done
 mkdir /run/lab/checkout
 mount --bind "$3" /run/lab/checkout
 mount -o remount,bind,ro /run/lab/checkout

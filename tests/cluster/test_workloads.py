@@ -73,10 +73,10 @@ def test_probes_of_ambient_pods(cluster: Cluster, release: Release) -> None:
 
 
 def test_probes_of_ambient_pods_with_nftables(nftables_cluster: Cluster) -> None:
-    """Kube-proxy, policies and the agent, all by nftables; the lab's kubelet has no process name of its own."""
+    """Kube-proxy, policies and the agent, all by nftables; the kubelet is found by the name of its process."""
     nftables_cluster.restore()
     for release in release_on(nftables_cluster):
-        release.install("profile=ambient", "global.nativeNftables=true", "env.KUBELET_UID=0", wait=False)
+        release.install("profile=ambient", "global.nativeNftables=true", wait=False)
         release.wait_rollout(BUSY_SECONDS)
         nftables_cluster.install_ztunnel()
         check_probes(nftables_cluster, release, nftables=True)
