@@ -19,6 +19,8 @@ from bench.capacity.server import HYPERKUBE, Server
 AGENTS, PODS_PER_NODE, NAMESPACES, QUIET_SECONDS, LIVES = 200, 30, 1000, 60.0, 600
 REST_SECONDS = 60.0  # at most, of what needs no renewal of a watch
 DIRECT = 200
+SHED_AGENTS = 50  # at most, of those that an API server of a few seats has to serve
+MODES = ("sidecar", "ambient")
 ENVIRONMENT = "MESHCNI_HYPERKUBE"
 
 
@@ -35,18 +37,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hyperkube", type=Path, default=Path(os.environ.get(ENVIRONMENT, HYPERKUBE)))
     chosen = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    found = Measured(chosen.agents, chosen.pods, chosen.namespaces)
     try:
         with Node() as node, Server(node, chosen.hyperkube) as server:
-            return show(_measure(server, chosen))
+            _measure(server, chosen, found)
+        return show(found)
     except LabError as error:
+        show(found)
         print(f"The benchmark cannot go on: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        show(found)
         print("Interrupted; everything is cleared away.", file=sys.stderr)
         return 130
 
 
-def _measure(server: Server, chosen: argparse.Namespace) -> Measured:
+def _measure(server: Server, chosen: argparse.Namespace, found: Measured) -> None:
     pods = Pods(server, chosen.namespaces)
     say = _Teller()
     pods.make_namespaces()
@@ -54,21 +60,20 @@ def _measure(server: Server, chosen: argparse.Namespace) -> Measured:
     pods.fill(oneagent.NODE, oneagent.PODS)
     say(f"{chosen.namespaces} namespaces, {chosen.agents * chosen.pods + oneagent.PODS} pods")
     rest = min(chosen.quiet_seconds, REST_SECONDS)
-    alone = phases.quiet(server, rest)
-    alone_churn = phases.churn(server, pods, None, chosen.agents, chosen.lives, ambient=False)
-    direct = phases.direct(server, DIRECT)
+    found.alone = phases.quiet(server, rest)
+    found.alone_churn = phases.churn(server, pods, None, chosen.agents, chosen.lives, ambient=False)
+    found.direct = phases.direct(server, DIRECT)
     say("without agents")
-    modes = {}
-    for name, ambient in (("sidecar", False), ("ambient", True)):
-        modes[name] = phases.mode(server, pods, chosen.agents, chosen.quiet_seconds, chosen.lives, ambient=ambient)
+    for name in MODES:
+        found.modes[name] = phases.mode(
+            server, pods, chosen.agents, chosen.quiet_seconds, chosen.lives, ambient=name == "ambient"
+        )
         say(f"{chosen.agents} agents, {name} mode")
-    costs = {name: oneagent.measure(server, pods, rest, ambient=name == "ambient") for name in modes}
+    for name in MODES:
+        found.costs[name] = oneagent.measure(server, pods, rest, ambient=name == "ambient")
     say("one real agent")
-    shed, restart = phases.shed(server, chosen.agents)
+    found.shed, found.restart = phases.shed(server, min(chosen.agents, SHED_AGENTS))
     say("an API server that sheds load, and one that is restarted")
-    return Measured(
-        chosen.agents, chosen.pods, chosen.namespaces, alone, alone_churn, modes, costs, direct, shed, restart
-    )
 
 
 class _Teller:

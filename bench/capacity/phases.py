@@ -17,7 +17,8 @@ from bench.capacity.fleet import Fleet, Pods
 from bench.capacity.server import Limits, Reading, Request, Server
 
 CHURN_PER_SECOND = 20.0
-DRAIN_SECONDS = 30.0
+DRAIN_SECONDS = 60.0
+SETTLE_SECONDS = 5.0
 AWAY_SECONDS = 10.0  # of an API server that is restarted under the agents
 SCARCE = Limits(reading=8, writing=4)
 RETRY_AFTER_SECONDS = 1.0  # what an API server asks for that sheds load
@@ -62,6 +63,7 @@ class Shed:
 class Restart:
     """An API server that went away under connected agents and came back."""
 
+    informers: int  # of all agents
     seconds: float  # until every watch was open again
     period: Period
     relists: int
@@ -133,7 +135,7 @@ def mode(server: Server, pods: Pods, count: int, quiet_seconds: float, lives: in
     before = server.read()
     with Fleet(server, count, ambient=ambient) as fleet:
         storm = start(server, fleet, before)
-        time.sleep(DRAIN_SECONDS / 6)
+        time.sleep(SETTLE_SECONDS)
         settled = server.read()
         still = quiet(server, quiet_seconds)
         busy = churn(server, pods, fleet, count, lives, ambient=ambient)
@@ -176,7 +178,9 @@ def restart(server: Server, fleet: Fleet) -> Restart:
     meter = Meter(server)
     wait_until("all watches are open again", lambda: fleet.report()["connected"] == informers, 3 * DRAIN_SECONDS, 0.2)
     period, after = meter.period(), fleet.report()
-    return Restart(period.seconds, period, after["relists"] - before["relists"], after["restarts"] - before["restarts"])
+    return Restart(
+        informers, period.seconds, period, after["relists"] - before["relists"], after["restarts"] - before["restarts"]
+    )
 
 
 def soonest_retry(requests: Sequence[Request]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 
@@ -19,20 +19,20 @@ KIB, MIB = 1024.0, 1024.0**2
 PIPE_WIDTH = 170
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Measured:
-    """Everything that a run found."""
+    """What a run has found so far; what comes last in it may be missing."""
 
     agents: int
     pods: int  # on each node
     namespaces: int
-    alone: Period  # without agents, quiet
-    alone_churn: Period  # without agents, the same lives of pods
-    modes: Mapping[str, ModeCost]
-    costs: Mapping[str, NodeCost]
-    direct: Period  # GETs of a pod, each over a connection of its own
-    shed: Shed
-    restart: Restart
+    alone: Period | None = None  # without agents, quiet
+    alone_churn: Period | None = None  # without agents, the same lives of pods
+    direct: Period | None = None  # GETs of a pod, each over a connection of its own
+    modes: dict[str, ModeCost] = field(default_factory=dict)
+    costs: dict[str, NodeCost] = field(default_factory=dict)
+    shed: Shed | None = None
+    restart: Restart | None = None
 
 
 def show(measured: Measured) -> int:
@@ -83,18 +83,19 @@ def _rows(found: Measured) -> Iterator[Row]:
         yield Row(f"{name}: a real agent's memory, {PODS} pods", node.resident, 75, "MiB", "resident")
         yield Row(f"{name}: its CPU at rest", node.idle, 5, "mcore")
         yield Row(f"{name}: its CPU for the life of a pod", node.per_life, 50, "ms", "seven events of a watch")
-    yield Row(
-        "after a 429: soonest repetition", found.shed.soonest, RETRY_AFTER_SECONDS, "s",
-        f"{found.shed.refused} refusals of {found.shed.agents} agents; {spread(found.shed.ready)}", at_least=True,
-    )  # fmt: skip
-    informers = 2 * found.agents
-    yield Row(
-        "API server restarted: lists, an informer", found.restart.relists / informers, 1, "",
-        f"all watches open after {found.restart.seconds:.1f} s; {_counts(found.restart.period, found.agents)}",
-    )  # fmt: skip
+    if found.shed is not None:
+        shed = found.shed
+        detail = f"{shed.refused} refusals of {shed.agents} agents; {spread(shed.ready)}"
+        yield Row("after a 429: soonest repetition", shed.soonest, RETRY_AFTER_SECONDS, "s", detail, at_least=True)
+    if found.restart is not None:
+        back = found.restart
+        detail = f"all watches open after {back.seconds:.1f} s; {_counts(back.period, back.informers)} (an informer)"
+        yield Row("API server restarted: lists, an informer", back.relists / back.informers, 1, "", detail)
 
 
 def _facts(found: Measured) -> Iterator[str]:
+    if found.alone is None or found.alone_churn is None or found.direct is None:
+        return
     for name, cost in found.modes.items():
         storm, quiet, churn = cost.storm, cost.quiet, cost.churn
         agents = found.agents
@@ -111,7 +112,6 @@ def _facts(found: Measured) -> Iterator[str]:
             f"{churn.cpu / cost.lives:.2f} ms CPU with agents, {found.alone_churn.cpu / cost.lives:.2f} without; "
             f"{dict(cost.report['counts'])}"
         )
-
     asked = len(found.direct.requests) or 1
     cpu = (found.direct.cpu - found.alone.cpu / found.alone.seconds * found.direct.seconds) / asked
     size = found.direct.bytes_out / asked / KIB

@@ -33,7 +33,7 @@ PORT = 6443
 AGENTS_ADDRESS, ADMIN_ADDRESS = "127.0.0.1", "127.0.0.2"  # what goes to the first is counted
 ACCOUNT_NAMESPACE, ACCOUNT = "istio-system", "istio-cni"
 CALLERS = 8  # threads that make objects
-START_SECONDS, STOP_SECONDS, CALL_SECONDS = 90.0, 20.0, 60.0
+START_SECONDS, STOP_SECONDS, CALL_SECONDS = 180.0, 20.0, 60.0
 TABLE = "capacity"
 AUDIT_POLICY = f"""\
 apiVersion: audit.k8s.io/v1
