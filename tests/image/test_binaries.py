@@ -130,7 +130,7 @@ def test_libraries(architecture: str) -> None:
 def test_linked_packages(architecture: str, name: str) -> None:
     linked = {package.name: package for package in executable(architecture, name).linked}
     compiler = {"amd64": "libgcc-14-dev", "arm64": "libgcc-14-dev-arm64-cross"}[architecture]
-    python = {"plugin": {"libpython3.13-dev", "zlib1g-dev"}, "launcher": {"libpython3.13-dev"}}
+    python = {"plugin": {"libpython3.13-dev", "libssl-dev", "zlib1g-dev"}, "launcher": {"libpython3.13-dev"}}
     assert set(linked) == {"libc6-dev", compiler} | python.get(name, set())
     runtime = {package.source: package for package in lock().group(f"runtime/{architecture}")}
     for package in linked.values():
