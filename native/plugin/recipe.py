@@ -14,7 +14,7 @@ LINK = ("-s", "-Wl,--gc-sections,--build-id=none,-z,pack-relative-relocs,-z,relr
 
 # What a start needs lies together, and OpenSSL behind it: the kernel maps more around a page than is asked for.
 LIBRARIES = ("-Wl,--start-group", "-lgcc", "-lgcc_eh", "-lc", "-lssl", "-lcrypto", "-Wl,--end-group")
-LINK_PLUGIN = ("-Wl,--wrap=OPENSSL_cpuid_setup", "-Wl,-Map,link.map")
+LINK_PLUGIN = ("-Wl,--wrap=OPENSSL_cpuid_setup", "-Wl,-T,discard.ld", "-Wl,--no-eh-frame-hdr", "-Wl,-Map,link.map")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Tools:
 def files(root: Path) -> dict[str, Path]:
     """Name in the folder of the build -> file of the repository: all that is compiled in or says how."""
     native, source = root / "native" / "plugin", root / "src"
-    scripts = [native / "freeze.py", native / "postpone.py"]
+    scripts = [native / "discard.ld", native / "freeze.py", native / "postpone.py"]
     paths = [*native.glob("*.c"), *scripts, *native.glob("stubs/**/*.py")]
     found = {str(path.relative_to(native)): path for path in sorted(paths)}
     modules = (freeze.module_path(source, name)[0] for name in (*freeze.MODULES, freeze.ENTRY))

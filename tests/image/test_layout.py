@@ -120,7 +120,7 @@ def test_the_dev_variant_begins_with_the_layers_of_the_runtime_one(built_image: 
 @pytest.mark.parametrize("architecture", ["amd64", "arm64"])
 def test_the_runtime_image_is_small(built_image: Path, architecture: str) -> None:
     layers = Layout(built_image).manifest(tag_of("runtime"), architecture).children[1:]
-    assert sum(layer.size for layer in layers) <= 16 * 2**20
+    assert sum(layer.size for layer in layers) <= 17.5 * 2**20  # 2 of it are OpenSSL in the plugin
 
 
 @each
