@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 SOURCES := src tests lab bench native image scripts
 
-.PHONY: help setup demo demo-cluster test check format test-pure test-kernel test-node test-image test-chart test-cluster bench \
+.PHONY: help setup demo demo-cluster test check format test-pure test-kernel test-node test-image test-chart test-cluster bench bench-capacity \
 	plugin image kubernetes cluster-up cluster-down kubectl lock push sign verify-image expected reference clean
 
 help:            ## this list
@@ -54,6 +54,10 @@ kubectl: setup   ## ARGS="get pods -A": kubectl on that cluster
 
 bench: plugin    ## costs as ratios to yardsticks of the same run
 	@$(PYTHON) -m bench
+
+bench-capacity: plugin ## what hundreds of agents cost a real API server
+	@scripts/build-kubernetes hyperkube
+	@$(PYTHON) -m bench.capacity
 
 plugin: setup    ## build/istio-cni, one static executable
 	@scripts/build-plugin
