@@ -51,6 +51,22 @@ def test_plugins_and_confs_where_they_are_by_default_name_no_platform(tmp_path: 
     assert platforms.hint_for_confs(str(root)) == "set the chart's cniConfDir=/etc/cni/net.d, its default"
 
 
+def test_an_entry_that_would_let_no_pod_start_is_not_written(host: Host, tmp_path: Path) -> None:
+    """The runtime would miss our plugin for every pod, the agent's own next one with the right value included."""
+    root = root_of(tmp_path)
+    path = host.write("10-a.conflist", BRIDGE)
+    there = Path(f"{root}/opt/cni/bin")
+    there.mkdir(parents=True)
+    (there / "bridge").touch()
+    installation = Installation(host.config(host_root=str(root)))
+    outcome = installation.look_and_repair()
+    assert "the plugins of 10-a.conflist are in /opt/cni/bin of the host" in outcome.waiting
+    assert path.read_text() == BRIDGE
+    (Path(host.config().binary_target_dirs[0]) / "bridge").touch()
+    assert not installation.look_and_repair().reasons
+    assert host.types("10-a.conflist") == ["bridge", "istio-cni"]
+
+
 def test_plugins_that_are_nowhere_name_all_platforms_that_differ(host: Host) -> None:
     host.write("10-a.conflist", BRIDGE)
     (note,) = Installation(host.config()).look_and_repair().notes

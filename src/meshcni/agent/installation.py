@@ -185,6 +185,9 @@ class Installation:
                 if found.reason or not found.changes:
                     self._undone_at = None
                     break
+                if elsewhere := self._plugins_elsewhere(directory, found.target):
+                    outcome.waiting = elsewhere
+                    break
                 if self._was_in_place and not self._may_repair(outcome):
                     outcome.waiting = f"{found.target} was changed again by somebody else; it is repaired shortly"
                     break
@@ -248,12 +251,7 @@ class Installation:
 
     def _missing_neighbours(self, directory: ConfDir, target: str) -> tuple[str, ...]:
         """A hint when the plugins that the conf names are not where we put ours: the runtime may look elsewhere."""
-        data = directory.files.get(target)
-        if data is None or not self.policy.chained:
-            return ()
-        types = {str(plugin.get("type")) for plugin in conf.foreign_part(conf.as_list(target, data))["plugins"]}
-        dirs = self.config.binary_target_dirs
-        missing = sorted(one for one in types if not any(os.path.exists(os.path.join(base, one)) for base in dirs))
+        dirs, missing = self.config.binary_target_dirs, self._neighbours(directory, target)[1]
         if not missing or not os.path.isdir(dirs[0]):
             return ()
         hint = platforms.hint_for_plugins(self.config.host_root, missing)
@@ -261,6 +259,30 @@ class Installation:
             f"{target} names {', '.join(missing)}, not found in {', '.join(dirs)}: the runtime seems to use another "
             f"directory for plugins, and would not find ours; {hint}",
         )
+
+    def _plugins_elsewhere(self, directory: ConfDir, target: str) -> str:
+        """Why our entry would let no pod start: all other plugins of the conf are in a directory that is not ours.
+
+        Not even our own successor with the right directory could start then.
+        """
+        types, missing = self._neighbours(directory, target)
+        if not missing or missing != types:
+            return ""
+        where = platforms.directory_of_plugins(self.config.host_root, types)
+        return (
+            where
+            and f"the plugins of {target} are in {where} of the host, ours would not be, so the conf is not touched"
+        )
+
+    def _neighbours(self, directory: ConfDir, target: str) -> tuple[list[str], list[str]]:
+        """The types of the conf's other plugins, and which of them are in none of our directories."""
+        data = directory.files.get(target)
+        if data is None or not self.policy.chained:
+            return [], []
+        plugins = conf.foreign_part(conf.as_list(target, data))["plugins"]
+        types = sorted({str(plugin.get("type")) for plugin in plugins})
+        dirs = self.config.binary_target_dirs
+        return types, [one for one in types if not any(os.path.exists(os.path.join(base, one)) for base in dirs)]
 
     def _alone(self, directory: ConfDir) -> tuple[str, ...]:
         """A file that holds our plugin alone gives no pod an interface, so it must not be what the runtime reads."""

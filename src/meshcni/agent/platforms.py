@@ -38,6 +38,7 @@ PLATFORMS = (
 )
 
 
+SHARED_BIN_DIRS = ("/bin",)  # where programs of other kinds are too: a `bridge` there may be the tool
 DEFAULTS = Platform("")  # what the chart has without any platform; a value that was set by mistake may be the trouble
 
 
@@ -51,6 +52,13 @@ def hint_for_plugins(host_root: str, types: Collection[str]) -> str:
         one for one in (DEFAULTS, *differ) if types and all(_exists(host_root, one.bin_dir, name) for name in types)
     ]
     return _advice(fits, f"cniBinDir={DEFAULTS.bin_dir}", differ)
+
+
+def directory_of_plugins(host_root: str, types: Collection[str]) -> str:
+    """The host's directory where all plugins of `types` are, of those that platforms use; empty: none is known."""
+    known = dict.fromkeys(one.bin_dir for one in (DEFAULTS, *PLATFORMS) if one.bin_dir not in SHARED_BIN_DIRS)
+    fits = [directory for directory in known if types and all(_exists(host_root, directory, name) for name in types)]
+    return next(iter(fits), "")
 
 
 def hint_for_confs(host_root: str) -> str:
