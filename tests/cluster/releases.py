@@ -12,7 +12,6 @@ from typing import Any
 
 from lab.cluster import Cluster, KubeNode, workloads
 from lab.cluster.agent import cluster_image
-from lab.cluster.client import ready
 from lab.cluster.nodeconfig import BIN_DIR, CONF_DIR, CONF_NAME
 from lab.imagelayout import Image
 
@@ -114,18 +113,9 @@ class Release:
 
     # --- what runs ----------------------------------------------------------------------------------------------------
 
-    def wait_rollout(self, timeout_seconds: float = 60) -> list[dict[str, Any]]:
-        """Return the agents' pods as soon as all are of the newest revision, ready and available."""
-
-        def is_done() -> bool:
-            daemonset = self.cluster.api.get(DAEMONSET)
-            status, wanted = daemonset.get("status", {}), len(self.cluster.nodes)
-            return status.get("observedGeneration") == daemonset["metadata"]["generation"] and all(
-                status.get(count, 0) == wanted for count in ("updatedNumberScheduled", "numberReady", "numberAvailable")
-            )
-
-        self.cluster.wait("the rollout of the agents is done", is_done, timeout_seconds)
-        return [pod for pod in self.cluster.pods(NAMESPACE, AGENTS) if ready(pod)]
+    def wait_rollout(self, timeout_seconds: float = 90) -> None:
+        """Return as soon as all agents' pods are of the newest revision and ready."""
+        self.cluster.wait_rollout(DAEMONSET, AGENTS, timeout_seconds)
 
     def agents(self) -> dict[str, dict[str, Any]]:
         """The agents' pods that stay, by the name of their node."""

@@ -75,15 +75,18 @@ def test_directories_of_another_platform(cluster: Cluster, release: Release) -> 
         start_plain(cluster, shop, "plain-1")
     finally:
         shutil.rmtree(node.path("/var/lib/rancher"))
-    node.path(PLUGIN).unlink()
     release.install("cniBinDir=/opt/elsewhere", ONLY_NODE, wait=False)
     told = wait_for_trouble(release, "names bridge, portmap, not found in /host/opt/cni/bin")
     assert "cniBinDir=/opt/cni/bin, its default" in told, told
     assert told in release.log(NODE)
-    cluster.apply(workloads.plain_pod(shop, "plain-2", node=NODE))
-    cluster.wait("the runtime misses the plugin", lambda: "find plugin" in messages(cluster, shop, "plain-2"))
-    release.install(ONLY_NODE, wait=False)  # the remedy
-    cluster.wait_pod(shop, "plain-2")
+    assert wait_for_trouble(release, "so the conf is not touched")
+    assert entry(node) is None
+    node.path(PLUGIN).unlink()  # of the agent before
+    start_plain(cluster, shop, "plain-2")
+    release.install(ONLY_NODE, wait=False)  # the remedy, which the runtime must let start
+    cluster.wait("our entry is in the conf", lambda: entry(node))
+    release.wait_serving(NODE)
+    start_plain(cluster, shop, "plain-3")
 
 
 def wait_for_trouble(release: Release, words: str) -> str:
@@ -98,10 +101,6 @@ def wait_for_trouble(release: Release, words: str) -> str:
 
     release.cluster.wait(f"the agent says {words!r}", trouble)
     return trouble()
-
-
-def messages(cluster: Cluster, namespace: str, about: str) -> str:
-    return " ".join(event["message"] for event in cluster.events(namespace, about))
 
 
 def start_plain(cluster: Cluster, namespace: str, name: str) -> None:

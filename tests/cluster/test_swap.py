@@ -6,6 +6,7 @@ after sidecars and ambient pods. Both ways are the commands of docs/migration.md
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -20,7 +21,7 @@ import yaml
 from lab.cluster import Cluster, workloads
 from lab.cluster.hostpods import ZTUNNEL, ztunnel_daemon_set
 from lab.namespaces import call_in_netns
-from lab.streams import Stream
+from lab.streams import Attempt, Stream
 from lab.traffic import EchoServers
 from tests.cluster import guideblocks, original
 from tests.cluster.original import Object
@@ -36,6 +37,7 @@ LOOKED_AT = ["iptables-nft-save", "ip6tables-nft-save", "iptables-legacy-save", 
 NFT = ["nft", "--stateless", "--handle", "list", "ruleset"]
 PORT_RANGE = "/proc/sys/net/ipv4/ip_local_port_range"
 PORTS_OF_PROXIES = "20000 32000"  # those of the streams lie above
+PORT_TAKEN = f"Errno {errno.EADDRINUSE}"
 ELEMENT = re.compile(r'(\S+) comment "([0-9a-f-]{36})"')
 ROUTING = ["ip rule", "ip -6 rule", "ip route show table 100", "ip -6 route show table 100"]
 
@@ -82,8 +84,7 @@ def test_swap_and_back(world: World) -> None:
         check_adopted(world)
         assert picture(world, shop) == before
         wait_for(streams)
-    failures = [(name, failed) for name, stream in streams.items() for failed in stream.failures()]
-    assert failures == [], failures
+    assert streams.failures() == []
 
 
 # --- the original and its pods ----------------------------------------------------------------------------------------
@@ -97,7 +98,9 @@ def install_original(world: World) -> None:
     manifest = original.manifest(ambient=True, native_nftables=world.native_nftables)
     config, daemonset = yaml.safe_load_all(original.with_the_hosts_python(manifest))
     daemonset["spec"]["template"]["spec"]["nodeSelector"] = {"kubernetes.io/hostname": NODE}
-    daemonset["spec"]["template"]["spec"]["containers"][0]["image"] = original.IMAGE
+    container = daemonset["spec"]["template"]["spec"]["containers"][0]
+    container["image"] = original.IMAGE
+    container["readinessProbe"]["periodSeconds"] = 1  # for a test that waits for two rollouts
     cluster.apply([config, daemonset])
     cluster.wait("the original has installed itself", lambda: entry(cluster.nodes[NODE]))
 
@@ -190,6 +193,11 @@ class Streams(dict[str, Stream]):
     def add(self, name: str, stream: Stream) -> None:
         self[name] = self._stack.enter_context(stream)
 
+    def failures(self) -> list[tuple[str, Attempt]]:
+        """Connections that failed, by the name of their stream; one whose own port was taken has not been one."""
+        found = [(name, each) for name, stream in self.items() for each in stream.failures()]
+        return [(name, each) for name, each in found if PORT_TAKEN not in each.error]
+
     def serve(self, *netns: str) -> None:
         servers = self._stack.enter_context(EchoServers())
         for each in netns:
@@ -197,7 +205,10 @@ class Streams(dict[str, Stream]):
 
 
 def traffic(world: World, shop: str) -> Streams:
-    """Connections out of and into each pod of the mesh, one after the other without end, by both families."""
+    """Connections out of and into each pod of the mesh, one after the other without end.
+
+    Without IPv6 where the original programs none: natively in nftables it redirects that all the same, to itself.
+    """
     cluster, streams = world.cluster, Streams()
     pods = {name: cluster.pod(shop, name) for name in ("sidecar", "sidecar-v4", "ambient", "plain")}
     netns = {name: cluster.pod_netns(pod) for name, pod in pods.items()}
@@ -205,7 +216,7 @@ def traffic(world: World, shop: str) -> Streams:
         call_in_netns(each, lambda: Path(PORT_RANGE).write_text(PORTS_OF_PROXIES))
     streams.serve(*netns.values())
     for name in ("sidecar", "sidecar-v4", "ambient"):
-        for version in (4, 6):
+        for version in (4, 6) if name != "sidecar-v4" else (4,):
             for source, target in ((name, "plain"), ("plain", name)):
                 address = address_of(pods[target], version)
                 stream = Stream(netns[source], address, ECHO_PORT, pause_seconds=PAUSE_SECONDS)
