@@ -36,8 +36,12 @@ def test_every_metric_is_on_its_page() -> None:
     assert all(f"| `{metric.name}` |" in pages()["metrics.md"] for metric in METRICS)
 
 
-# Never the cause of a refused ADD: what keeps files, the run directory and the people's command line.
-ELSEWHERE = {"SocketLostError", "AgentFailedError", "JsonError", "FileChangedError", "DirectoryLockedError"}
+# Never the cause that the agent counts: what keeps files, the run directory, the people's command line, and the plugin's
+# own question from its end.
+ELSEWHERE = {
+    *("SocketLostError", "AgentFailedError", "JsonError", "FileChangedError", "DirectoryLockedError"),
+    "DoubtError",
+}
 
 
 def test_every_error_class_is_on_its_page() -> None:
