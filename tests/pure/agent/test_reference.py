@@ -36,8 +36,8 @@ def test_every_metric_is_on_its_page() -> None:
     assert all(f"| `{metric.name}` |" in pages()["metrics.md"] for metric in METRICS)
 
 
-# Never the cause that the agent counts: what keeps files, the run directory, the people's command line, and the plugin's
-# own question from its end.
+# Never a cause that the agent counts: what keeps files, the run directory, the people's command line, and the question
+# that the plugin asks by itself, from its end.
 ELSEWHERE = {
     *("SocketLostError", "AgentFailedError", "JsonError", "FileChangedError", "DirectoryLockedError"),
     "DoubtError",
