@@ -96,7 +96,7 @@ class World:
         """Heal; no descriptor may be left."""
         before = len(os.listdir("/proc/self/fd"))
         outcome = asyncio.run(self.healer.heal(pod))
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
         return outcome
 
     def refusal(self, pod: Pod = POD) -> NotHealed:

@@ -43,9 +43,9 @@ def test_an_unmeshed_pod_does_not_wait(mesh: Mesh, options: AgentOptions) -> Non
     assert pod_requests(mesh) == before + 1
 
 
-def test_a_mesh_pod_waits(mesh: Mesh, options: AgentOptions) -> None:
+def test_a_mesh_pod_waits(mesh: Mesh, options: AgentOptions, request: pytest.FixtureRequest) -> None:
     kill_with(mesh, options, SHORT)
-    pod = sidecar_pod("shop", "early")
+    pod = sidecar_pod("shop", f"waits-{request.node.callspec.id}")  # no other test's: a pod refused once stays known
     with pytest.raises(CriError, match="the API server, asked instead, says that the pod is for the mesh") as refused:
         mesh.start_pod(pod)
     assert "the node agent did not answer within 2 s" in str(refused.value)
