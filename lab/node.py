@@ -288,9 +288,16 @@ def wait_ended(pid: int) -> None:
     except ProcessLookupError:
         return
     try:
-        select.select([descriptor], [], [], STOP_SECONDS)
+        wait_readable(descriptor, STOP_SECONDS)
     finally:
         os.close(descriptor)
+
+
+def wait_readable(descriptor: int, seconds: float) -> bool:
+    """Tell whether `descriptor` (of a process: whether that has ended) is readable within so many seconds."""
+    poll = select.poll()  # select() takes no descriptor above 1023, and a run of all tests has such
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 def remove_leftovers(name: str, folder: Path) -> None:

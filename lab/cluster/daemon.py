@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lab.node import STOP_SECONDS, LabError, Node, last_lines
+from lab.node import STOP_SECONDS, LabError, Node, last_lines, wait_readable
 
 # What a service manager does with `Restart=always`; the program itself is in the same process group.
 SUPERVISE = 'trap "" PIPE; while :; do "$@" || true; sleep 0.5; done'
@@ -86,7 +85,7 @@ def end(pid: int, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
             for sent in (number, signal.SIGKILL):
                 signal.pidfd_send_signal(descriptor, sent)
-                if select.select([descriptor], [], [], STOP_SECONDS)[0]:
+                if wait_readable(descriptor, STOP_SECONDS):
                     return
     finally:
         os.close(descriptor)

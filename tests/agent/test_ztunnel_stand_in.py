@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from lab.node import wait_readable
 from lab.ztunnel.client import Program
 from tests.agent.scene import wait_until
 from tests.agent.ztunnels import KINDS, PATIENCE_SECONDS, ZTUNNEL_PORTS, AgentSide, Ztunnel, listening, wait_listening
@@ -69,8 +69,7 @@ def rows(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rows]:
 
 
 def test_nothing_is_said_unasked(rows: Rows) -> None:
-    readable, _, _ = select.select([rows.agent.connection], [], [], 0.3)
-    assert readable == []
+    assert not wait_readable(rows.agent.connection.fileno(), 0.3)
 
 
 def test_the_end_of_a_connection_brings_the_next_at_once(rows: Rows) -> None:
