@@ -137,9 +137,16 @@ def test_labelled_and_deleted(cluster: Cluster, release: Release) -> None:
 
 
 def of(cluster: Cluster, namespace: str) -> dict[str, Any]:
-    """The pod of the Deployment that is not on its way out."""
-    found = cluster.pods(namespace, f"{HOW}=delete")
-    return next((pod for pod in found if "deletionTimestamp" not in pod["metadata"]), found[0])
+    """The pod of the Deployment that is not on its way out, as soon as there is one: its maker may lag behind."""
+    found: list[dict[str, Any]] = []
+
+    def is_there() -> bool:
+        pods = cluster.pods(namespace, f"{HOW}=delete")
+        found[:] = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+        return bool(found)
+
+    cluster.wait("the Deployment has a pod", is_there, PATIENCE_SECONDS)
+    return found[0]
 
 
 # --- what pods say ----------------------------------------------------------------------------------------------------
