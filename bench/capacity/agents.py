@@ -21,7 +21,7 @@ from typing import Any
 
 from meshcni.agent import rights
 from meshcni.agent.podlookup import PodLookup
-from meshcni.agent.prerequisites import FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS
+from meshcni.agent.prerequisites import FIRST_RETRY_SECONDS, LEAST_OF_A_PAUSE, MAX_RETRY_SECONDS
 from meshcni.errors import KubeError
 from meshcni.istio import REDIRECTION_ENABLED
 from meshcni.kube.client import NAMESPACES, PODS, KubeApi
@@ -98,14 +98,14 @@ class Agent:
         await self.api.close()
 
     async def _review(self) -> None:
-        wanted, pause = rights.wanted(ambient=self.ambient), FIRST_RETRY_SECONDS
+        wanted, pause, answers = rights.wanted(ambient=self.ambient), FIRST_RETRY_SECONDS, rights.Answers()
         while True:  # as Prerequisites.run does
-            found = await rights.review(self.api, wanted, self.namespace, frozenset())
+            found = await rights.review(self.api, wanted, self.namespace, frozenset(), answers)
             self.counts["reviews"] += 1
             if found.known:
                 self.counts["rights refused"] += len(found.refused)
                 return
-            await asyncio.sleep(pause * random.uniform(0.75, 1.0))
+            await asyncio.sleep(pause * random.uniform(LEAST_OF_A_PAUSE, 1.0))
             pause = min(pause * 2, MAX_RETRY_SECONDS)
 
 

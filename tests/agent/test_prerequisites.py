@@ -25,21 +25,32 @@ SIDECAR = Settings(
 
 
 class Api:
-    """Answers reviews as a cluster whose role denies `denied`; `failure` is raised instead."""
+    """Answers reviews as a cluster whose role denies `denied`; `failure` is raised instead.
+
+    With `patience` it answers as many questions in a row, and then one with `failure`.
+    """
 
     def __init__(self, *denied: str) -> None:
         self.denied = set(denied)
-        self.failure: ApiError | None = None
-        self.asked = 0
+        self.failure: Exception | None = None
+        self.patience = 0
+        self.questions: list[str] = []
+        self._answered = 0
+
+    @property
+    def asked(self) -> int:
+        return len(self.questions)
 
     async def may(
         self, verb: str, resource: Resource, *, subresource: str, name: str, namespace: str, timeout: float
     ) -> bool:
-        self.asked += 1
-        if self.failure is not None:
-            raise self.failure
-        assert bool(namespace) == bool(name), "only what is named is asked for in one namespace"
         target = "/".join(filter(None, (resource.plural, subresource)))
+        self.questions.append(f"{verb} {target}")
+        if self.failure is not None and self._answered >= self.patience:
+            self._answered = 0
+            raise self.failure
+        self._answered += 1
+        assert bool(namespace) == bool(name), "only what is named is asked for in one namespace"
         return not self.denied & {f"{verb} {target}", "*"}
 
 
@@ -51,12 +62,20 @@ class World:
         self.story = list(story)
         self.informer: Any = SimpleNamespace(name="pods", state=SimpleNamespace(last_status=0))
         self.pauses: list[float] = []
+        self.now = 0.0
         self.found = Prerequisites(
-            settings, api, [self.informer], mounts=given.pop("mounts", ()), sleep=self._sleep, **given
+            settings,
+            api,
+            [self.informer],
+            mounts=given.pop("mounts", ()),
+            sleep=self._sleep,
+            clock=lambda: self.now,
+            **given,
         )
 
     async def _sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
+        self.now += seconds
         if not self.story:
             raise EndOfStory
         self.story.pop(0)()
@@ -141,6 +160,106 @@ def test_an_api_that_goes_away_after_a_refusal_releases_nothing() -> None:
     found = world.run()
     assert not found.released.is_set()
     assert found.reasons()
+
+
+# --- a review that does not come to its end ---------------------------------------------------------------------------
+
+LATE = [TimeoutError(), ApiError(429, "too many requests"), ApiError(0, "no connection")]
+
+
+def slow(failure: Exception, patience: int, *denied: str) -> Api:
+    """One that answers `patience` questions of each review."""
+    api = Api(*denied)
+    api.failure, api.patience = failure, patience
+    return api
+
+
+@pytest.mark.parametrize("failure", LATE, ids=lambda failure: repr(failure))
+def test_a_review_goes_on_where_it_ran_out_of_time(failure: Exception) -> None:
+    api = slow(failure, 2)
+    world = World(api, *[lambda: None] * 5)
+    found = world.run()
+    assert found.review == rights.Review()
+    lost = (len(found.rights) - 1) // 2  # questions without an answer, one in each review but the last
+    assert api.asked == len(found.rights) + lost
+    assert len(dict.fromkeys(api.questions)) == len(found.rights)
+
+
+def test_the_first_retry_comes_soon_and_later_ones_are_spread() -> None:
+    pauses = []
+    for _ in range(20):
+        world = World(slow(TimeoutError(), 0), *[lambda: None] * 8)
+        world.run()
+        pauses.append(world.pauses)
+    first, last = [one[0] for one in pauses], [one[-1] for one in pauses]
+    least, longest = prerequisites.LEAST_OF_A_PAUSE, prerequisites.MAX_RETRY_SECONDS
+    assert all(
+        least * prerequisites.FIRST_RETRY_SECONDS <= pause <= prerequisites.FIRST_RETRY_SECONDS for pause in first
+    )
+    assert all(least * longest <= pause <= longest for pause in last)
+    assert len(set(first)) > 1
+
+
+def test_half_a_review_that_refuses_what_is_indispensable_releases_nothing() -> None:
+    api = slow(TimeoutError(), 2, "list pods")
+    world = World(api)
+    found = world.run()
+    assert not found.released.is_set()
+    assert "list pods" in found.reasons()[0]
+    assert not found.review.known
+
+
+def test_half_a_review_says_nothing_of_what_only_degrades() -> None:
+    api = slow(TimeoutError(), 4, "create events")
+    found = World(api, settings=replace(SIDECAR, repair_enabled=False)).run()
+    assert found.released.is_set()
+    assert (found.notes(), found.review.known) == ((), False)
+
+
+def test_half_a_review_at_work_takes_nothing_back() -> None:
+    api = Api()
+
+    def doubt() -> None:
+        world.informer.state.last_status = 403
+        api.denied.add("*")
+        api.failure, api.patience = TimeoutError(), 2
+
+    world = World(api, doubt, lambda: None)
+    found = world.run()
+    assert found.released.is_set()
+    assert found.reasons() == ()
+
+
+def test_only_what_is_refused_is_asked_for_until_it_is_granted() -> None:
+    api = Api("watch pods")
+    world = World(api, lambda: None, api.denied.clear, lambda: None)
+    found = world.run()
+    assert found.released.is_set()
+    assert api.questions[len(found.rights) :] == ["watch pods"] * 2
+
+
+def test_a_doubt_asks_for_everything_again() -> None:
+    api = Api()
+    world = World(api, lambda: setattr(world.informer.state, "last_status", 403))
+    found = world.run()
+    assert api.asked == 2 * len(found.rights)
+
+
+def test_no_answer_counts_for_ever() -> None:
+    """What was allowed before the API server went away may be withdrawn by the time it is back."""
+    api = slow(ApiError(0, "no connection"), 2)
+
+    def away() -> None:
+        api.patience = 0
+
+    def back() -> None:
+        world.now += rights.KEEP_SECONDS
+        api.failure = None
+        api.denied.add("get pods")
+
+    world = World(api, away, back, lambda: None)
+    found = world.run()
+    assert "get pods" in found.reasons()[0]
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -1,7 +1,8 @@
 """What only the agent's manifest can give: mounts of the host and rights at the API server. What is missing, and since.
 
 Mounts are looked at once, for none appears in a container that runs. Rights are asked for at the start, again for as
-long as one is missing, and whenever the API server begins to refuse us.
+long as one is missing, and whenever the API server begins to refuse us. A review that runs out of time is taken up
+where it was: all agents of a cluster that start at once would otherwise ask everything anew, and make each other late.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0  # how often the informers' failures are looked at
 ROUNDS_TO_A_NOTE = 60  # of those, until what merely degrades is asked for again
 FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 2.0, 30.0
+LEAST_OF_A_PAUSE = 0.5  # a random part between this and all of it, so that agents that start together drift apart
 # An API server that has just started refuses everybody for a second: once at work, believe a refusal the second time.
 CONFIRMATIONS = 2
 EVENT_REASON = "AgentPrerequisitesMissing"
@@ -43,6 +46,7 @@ class Prerequisites:
         *,
         mounts: Sequence[hostmounts.Mount] | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
         tell: Callable[[str, str], None] = lambda reason, message: None,
     ) -> None:
         self.settings = settings
@@ -54,6 +58,7 @@ class Prerequisites:
         self._informers = informers
         self._sleep = sleep
         self._tell_pod = tell  # an Event at our own pod
+        self._answers = rights.Answers(clock)
         self._refusals = 0  # reviews in a row in which something indispensable was refused
         self._told: tuple[str, ...] = ()
         self._told_of_help: tuple[str, ...] = ()
@@ -66,11 +71,12 @@ class Prerequisites:
         pause = FIRST_RETRY_SECONDS
         while True:
             if self._lacks_right() or not self.review.known:
-                await self._sleep(pause * random.uniform(0.75, 1.0))
+                await self._sleep(pause * random.uniform(LEAST_OF_A_PAUSE, 1.0))
                 pause = min(pause * 2, MAX_RETRY_SECONDS)
             else:
                 pause = FIRST_RETRY_SECONDS
                 await self._wait_for_doubt()
+                self._answers.forget()
             await self._look()
 
     async def _wait_for_doubt(self) -> None:
@@ -89,8 +95,11 @@ class Prerequisites:
         An API server that is away is away for everybody, and comes back; a role that is missing does not.
         """
         found = await self._ask() if self.settings.kubernetes_service_host else rights.UNKNOWN  # not within a pod
-        if not found.known and self._lacks_right():
-            return  # what was refused stays refused while nobody answers
+        if not found.known:
+            if self._lacks_right():
+                return  # what was refused stays refused while nobody answers
+            if self.released.is_set():
+                found = rights.UNKNOWN  # once at work, half a review is none
         self._refusals = self._refusals + 1 if _stops(found.refused) else 0
         if self.released.is_set() and 0 < self._refusals < CONFIRMATIONS:
             return
@@ -104,7 +113,9 @@ class Prerequisites:
         if not Path(folder).is_dir():
             return Review(self.rights, f"no token of a service account is mounted at {folder}")
         try:
-            return await rights.review(self._api, self.rights, self.settings.pod_namespace, self._refused_lists())
+            return await rights.review(
+                self._api, self.rights, self.settings.pod_namespace, self._refused_lists(), self._answers
+            )
         except Exception:  # ours or a library's mistake must not end the agent
             log.exception("the review of our rights failed")
             return rights.UNKNOWN

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +17,9 @@ from meshcni.pods.repair import Mode
 # Values of the chart, as people set them.
 ALWAYS, AMBIENT, REPAIR = "always", "ambient.enabled=true", "repair.enabled=true"
 REVIEW_SECONDS = 5.0  # for all questions, one after the other on one connection; nothing is installed before
+# That a "yes" counts for. Longer than a review takes that gets a single answer from each attempt, and bounded: a right
+# may be withdrawn while nobody answers.
+KEEP_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +146,42 @@ class Asks(Protocol):
         """Whether the API server would allow it. Raises ApiError."""
 
 
+class Answers:
+    """What the API server has said of single rights, so that a review goes on where the last one ran out of time.
+
+    A refusal is kept until the review is complete, for the right may be granted any moment; a "yes" for KEEP_SECONDS.
+    `clock` gives seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._given: dict[Right, tuple[bool, float]] = {}  # whether it is allowed, and when that was said
+
+    def fresh(self) -> dict[Right, bool]:
+        """Those that still count: whether each right is allowed."""
+        oldest = self._clock() - KEEP_SECONDS
+        self._given = {right: given for right, given in self._given.items() if given[1] > oldest}
+        return {right: allowed for right, (allowed, _when) in self._given.items()}
+
+    def keep(self, right: Right, *, allowed: bool) -> None:
+        """Take in one answer."""
+        self._given[right] = (allowed, self._clock())
+
+    def ask_refused_again(self) -> None:
+        """The review is complete: what was refused is asked for again by the next one."""
+        self._given = {right: given for right, given in self._given.items() if given[0]}
+
+    def forget(self) -> None:
+        """Ask for everything again: there is reason to doubt what was said."""
+        self._given.clear()
+
+
 @dataclass(frozen=True, slots=True)
 class Review:
     """What the API server says of a list of rights.
 
-    `problem` says why nothing is allowed at all: no token, or one that is refused. `known` is false while there was no
-    answer to go by.
+    `problem` says why nothing is allowed at all: no token, or one that is refused. `known` is false while not every
+    right was answered; `refused` then has those that stop the agent, whatever the others are.
     """
 
     refused: tuple[Right, ...] = ()
@@ -158,26 +192,49 @@ class Review:
 UNKNOWN = Review(known=False)
 
 
-async def review(api: Asks, rights: Sequence[Right], namespace: str, refused_lists: frozenset[str]) -> Review:
-    """Ask for each right. `refused_lists`: resources (plural) whose lists the API server refuses right now.
+async def review(
+    api: Asks,
+    rights: Sequence[Right],
+    namespace: str,
+    refused_lists: frozenset[str],
+    answers: Answers | None = None,
+) -> Review:
+    """Ask for each right that `answers` does not tell of, and put what is said there. Raises nothing of the API's.
 
-    They tell where the question itself is refused, which every authenticated account may ask unless an administrator
-    has taken that away. `namespace` is the agent's, for what is asked for there alone.
+    `refused_lists`: resources (plural) whose lists the API server refuses right now. They tell where the question
+    itself is refused, which every authenticated account may ask unless an administrator has taken that away.
+    `namespace` is the agent's, for what is asked for there alone.
     """
+    answers = answers or Answers()
+    said = answers.fresh()
     try:
         async with asyncio.timeout(REVIEW_SECONDS):
-            allowed = [await _allowed(api, right, namespace) for right in rights]
+            for right in rights:
+                if right not in said:
+                    said[right] = await _allowed(api, right, namespace)
+                    answers.keep(right, allowed=said[right])
     except TimeoutError:
-        return UNKNOWN
+        return _unfinished(rights, said)
     except KubeError as error:
+        if error.status not in (401, 403):
+            return _unfinished(rights, said)
+        answers.forget()  # who may not even ask has lost what was allowed, too
         if error.status == 401:
             return Review(tuple(rights), str(error))
-        if error.status != 403:
-            return UNKNOWN
         return Review(
             tuple(right for right in rights if right.resource.plural in refused_lists and not right.subresource)
         )
-    return Review(tuple(right for right, yes in zip(rights, allowed, strict=True) if not yes))
+    answers.ask_refused_again()
+    return Review(_refused(rights, said))
+
+
+def _refused(rights: Sequence[Right], said: dict[Right, bool]) -> tuple[Right, ...]:
+    return tuple(right for right in rights if said.get(right) is False)
+
+
+def _unfinished(rights: Sequence[Right], said: dict[Right, bool]) -> Review:
+    """A refusal that stops the agent does so whatever is not answered yet; of all others nothing is told by halves."""
+    return Review(tuple(right for right in _refused(rights, said) if right.weight is Weight.STOPS), known=False)
 
 
 async def _allowed(api: Asks, right: Right, namespace: str) -> bool:
