@@ -1,14 +1,11 @@
 """Looking after what is in place: the host's rules and set, and each enrolled pod's netns, rules and listeners.
 
-A round is spread over the interval, so that it is never felt; what is found wrong is mended by the pod's own worker,
-which then tells what was wrong.
+What is found wrong is mended by the pod's own worker, which then tells what was wrong.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
@@ -19,19 +16,18 @@ from meshcni.agent.metrics import Metrics
 from meshcni.agent.netnssearch import NetnsSearch
 from meshcni.agent.podrecord import PodRecord
 from meshcni.agent.reconciler import Reconciler
+from meshcni.agent.rounds import Rounds
 from meshcni.agent.steps import SandboxGoneError, Steps
 from meshcni.errors import MeshCniError
 from meshcni.pods.enrollment import Life
 
 log = logging.getLogger(__name__)
 
-SPREAD = 0.5  # the part of an interval over which a round is spread
-JITTER = 0.2  # of the interval
 UNKNOWN_SECONDS = 60.0  # after which a pod that the informer never showed is asked for: was it deleted?
 
 
 class Verification:
-    """Rounds for ever; `hurry` begins one now, `look_at` looks at one pod now."""
+    """Rounds for ever; `hurry` begins one now, `look_at` looks at one pod soon."""
 
     def __init__(
         self,
@@ -50,40 +46,24 @@ class Verification:
         self._search = search
         self._host = host
         self._metrics = metrics
-        self._seconds = seconds
         self._known_uids = known_uids
         self._is_deleted = is_deleted
-        self._hurry = asyncio.Event()
-        self._suspects: set[str] = set()
+        self._rounds = Rounds("a round of verification", seconds, self.round, self._look_at)
 
     def hurry(self) -> None:
         """Look at everything now."""
-        self._hurry.set()
+        self._rounds.all_now()
 
     def look_at(self, record: PodRecord) -> None:
-        """Look for the pod's netns now."""
-        self._suspects.add(record.uid)
-        self._hurry.set()
+        """Look for the pod's netns soon."""
+        self._rounds.suspect(record.uid)
 
     async def run(self) -> None:
         """Until cancelled."""
-        while True:
-            pause = self._seconds * random.uniform(1 - JITTER, 1) - self._seconds * SPREAD
-            try:
-                async with asyncio.timeout(max(pause, 0.1)):
-                    await self._hurry.wait()
-            except TimeoutError:
-                pass
-            hurried = self._hurry.is_set()
-            self._hurry.clear()
-            suspects, self._suspects = self._suspects, set()
-            try:
-                if hurried and suspects:
-                    await self._check_netns([record for record in self._records if record.uid in suspects])
-                else:
-                    await self.round(0.0 if hurried else self._seconds * SPREAD)
-            except Exception:  # the next round may do better
-                log.exception("a round of verification failed")
+        await self._rounds.run()
+
+    async def _look_at(self, uids: frozenset[str]) -> None:
+        await self._check_netns([record for record in self._records if record.uid in uids])
 
     async def round(self, spread_seconds: float) -> None:
         """Look at everything once, the pods spread over `spread_seconds`."""
@@ -96,11 +76,12 @@ class Verification:
                 record.life, record.in_api = Life.ENDED, False
         running = [record for record in self._records if record.life is Life.RUNNING]
         await self._check_netns([record for record in running if record.addresses])
+        rest = self._rounds.pace(len(running), spread_seconds)
         for record in running:
-            await asyncio.sleep(spread_seconds / len(running))
             await self._check_rules(record)
             if self._host.lacks(record.actual.addresses):
                 record.actual = replace(record.actual, addresses=frozenset(), claimed=True)
+            await rest()
         self._records.wake_all()  # ztunnel's side and the addresses are compared there
         self._metrics.observe(m.AMBIENT_VERIFICATION, time.monotonic() - begin)
 
