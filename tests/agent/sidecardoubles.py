@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from meshcni.agent.healing import Healed, NotHealed
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.podrecord import Netns
-from meshcni.agent.sidecars import Mode, Sidecars
+from meshcni.agent.sidecarexaminer import Mode
+from meshcni.agent.sidecars import Sidecars
 from meshcni.host.backends.detection import VariantChoice
 from meshcni.host.mending import Mending
 from meshcni.host.podnetns import NOT_FOUND
@@ -50,7 +51,7 @@ class Sandbox:
 
 
 class World:
-    """Pods, their sandboxes, and what was told. See sidecars.Heals, Pods and PostsEvents."""
+    """Pods, their sandboxes, and what was told. See sidecarexaminer.Heals and PostsEvents, sidecars.Pods."""
 
     def __init__(self, mode: Mode = Mode.HEAL) -> None:
         self.synced = asyncio.Event()

@@ -15,7 +15,7 @@ from tests.agent.zdsworld import open_descriptors
 from meshcni import istio
 from meshcni.agent import metrics as m
 from meshcni.agent.healing import NOT_PROGRAMMED, NotHealed
-from meshcni.agent.sidecars import FAILED, MISSING, PATIENCE, REPAIRED, Mode
+from meshcni.agent.sidecarexaminer import FAILED, MISSING, PATIENCE, REPAIRED, Mode
 from meshcni.host.podnetns import HOST_NETNS, UNREADABLE, WRONG_ADDRESS
 from meshcni.host.sidecarlook import Found
 from meshcni.pods.model import Pod, pod_from_object

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from meshcni.agent import ownpod, podadds, prerequisites, repairs, sidecars, steps
+from meshcni.agent import ownpod, podadds, prerequisites, repairs, sidecarexaminer, steps
 from meshcni.agent.metrics import METRICS, Metric, Type
 from meshcni.agent.settings import ROWS
 
@@ -25,9 +25,9 @@ SERIES = re.compile(r"\b((?:istio_cni|nodeagent|ztunnel|process|kube)_[a-z_]+)(?
 SELECTOR = re.compile(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"')
 GROUPING = re.compile(r"\b(?:by|without|on|ignoring)\s*\(([^)]*)\)")
 REASONS = {
-    podadds.EVENT_REASON, prerequisites.EVENT_REASON, *ownpod.REASONS, sidecars.REPAIRED, sidecars.MISSING,
-    sidecars.FAILED, repairs.DELETED, repairs.LABELED, repairs.REPAIRED, repairs.NOT_REPAIRED, steps.FAILED,
-    steps.HEALED,
+    podadds.EVENT_REASON, prerequisites.EVENT_REASON, *ownpod.REASONS, repairs.DELETED, repairs.LABELED,
+    repairs.REPAIRED, repairs.NOT_REPAIRED, sidecarexaminer.REPAIRED, sidecarexaminer.MISSING, sidecarexaminer.FAILED,
+    steps.FAILED, steps.HEALED,
 }  # fmt: skip
 VARIABLES = {name for row in ROWS for name in row.variables}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 
 from meshcni.host.sidecarlook import Found, Look
@@ -73,3 +74,8 @@ class SidecarRecord:
 
 def _same_rules(before: Look, now: Look) -> bool:
     return before.mark is not None and before.mark == now.mark
+
+
+def timestamp(moment: datetime) -> str:
+    """The moment, which is UTC, as the API writes it."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -8,7 +8,8 @@ from meshcni.agent import hostmounts
 from meshcni.agent.metrics import Metrics
 from meshcni.agent.prerequisites import Prerequisites
 from meshcni.agent.settings import Settings
-from meshcni.agent.sidecars import Heals, Mode, Pods, PostsEvents, Sidecars
+from meshcni.agent.sidecarexaminer import Heals, Mode, PostsEvents
+from meshcni.agent.sidecars import Pods, Sidecars
 
 NO_PROCFS = "the host's /proc is not mounted, so the network namespaces of running pods cannot be found"
 
