@@ -228,6 +228,8 @@ class Mesh:
         if pod.envoy is not None:
             pod.envoy.stop()
         self.pods.remove(pod)
+        if pod.sandbox.netns:  # else it is the node's own
+            self.servers.leave(pod.netns)
         self.runtime.cri.stop_sandbox(pod.sandbox.id)
         self.runtime.cri.remove_sandbox(pod.sandbox.id)
 

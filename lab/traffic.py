@@ -10,6 +10,9 @@ from __future__ import annotations
 import selectors
 import socket
 import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from lab import namespaces
@@ -26,6 +29,13 @@ class Peer(NamedTuple):
     port: int
 
 
+class Socket(NamedTuple):
+    """What an open socket is for; `peer` is None for one that listens."""
+
+    netns: str
+    peer: Peer | None = None
+
+
 class EchoServers:
     """Answers on any number of listening sockets, on one thread; context manager."""
 
@@ -33,7 +43,7 @@ class EchoServers:
         self._selector = selectors.DefaultSelector()
         self._wake_out, self._wake_in = socket.socketpair()
         self._selector.register(self._wake_out, selectors.EVENT_READ)
-        self._waiting: list[socket.socket] = []
+        self._orders: deque[Callable[[], object]] = deque()  # for the thread, which alone uses the selector
         self._stopping = False
         self._thread = threading.Thread(target=self._serve, name="echo", daemon=True)
 
@@ -51,10 +61,23 @@ class EchoServers:
         self._selector.close()
 
     def serve(self, netns: str, *ports: int, addresses: tuple[str, ...] = ANY) -> None:
-        """Answer on `ports` at `addresses` inside `netns`, until the netns or these servers end."""
+        """Answer on `ports` at `addresses` inside `netns`, until `leave` or the end of these servers."""
         for port in ports:
             for address in addresses:
-                self._waiting.append(namespaces.listen(netns, address, port))
+                listener = namespaces.listen(netns, address, port)
+                self._order(partial(self._selector.register, listener, selectors.EVENT_READ, Socket(netns)))
+
+    def leave(self, netns: str) -> None:
+        """Close every socket inside `netns` (the path that `serve` was given), which would keep it from being removed.
+
+        Returns as soon as they are closed.
+        """
+        done = threading.Event()
+        self._order(partial(self._leave, netns, done))
+        done.wait(CLIENT_SECONDS)
+
+    def _order(self, work: Callable[[], object]) -> None:
+        self._orders.append(work)
         self._wake_in.send(b"x")
 
     def _serve(self) -> None:
@@ -62,21 +85,27 @@ class EchoServers:
             for key, _ in self._selector.select():
                 if key.fileobj is self._wake_out:
                     self._wake_out.recv(64)
-                    while self._waiting:
-                        self._selector.register(self._waiting.pop(), selectors.EVENT_READ, "listener")
-                elif key.data == "listener":
-                    self._accept(key.fileobj)
+                elif key.data.peer is None:
+                    self._accept(key.fileobj, key.data.netns)
                 else:
-                    self._answer(key.fileobj, key.data)
+                    self._answer(key.fileobj, key.data.peer)
+            while self._orders:  # after the others, because they may close one that is ready
+                self._orders.popleft()()
 
-    def _accept(self, listener: object) -> None:
+    def _leave(self, netns: str, done: threading.Event) -> None:
+        for key in list(self._selector.get_map().values()):
+            if key.data is not None and key.data.netns == netns:
+                self._close(key.fileobj)
+        done.set()
+
+    def _accept(self, listener: object, netns: str) -> None:
         assert isinstance(listener, socket.socket)
         try:
             client, peer = listener.accept()
         except OSError:  # the client has gone again
             return
         client.setblocking(False)
-        self._selector.register(client, selectors.EVENT_READ, Peer(str(peer[0]), int(peer[1])))
+        self._selector.register(client, selectors.EVENT_READ, Socket(netns, Peer(str(peer[0]), int(peer[1]))))
 
     def _answer(self, client: object, peer: Peer) -> None:
         assert isinstance(client, socket.socket)
