@@ -21,7 +21,8 @@ from typing import Any
 
 from tests.install.hosts import BRIDGE, Host, Record, running, until
 
-from meshcni.agent.installation import Installation, InstallConfig
+from meshcni.agent.installation import Installation
+from meshcni.agent.installconfig import InstallConfig
 
 WRITERS = 7  # different entries, so that each look at the host writes
 

@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from meshcni.agent.installer import Callbacks, InstallConfig, Installer, InstallStatus
+from meshcni.agent.installconfig import InstallConfig
+from meshcni.agent.installer import Callbacks, Installer, InstallStatus
 from meshcni.cni.conf import EntryConfig
 
 WAIT_SECONDS = 10.0  # for something that must happen; it happens much sooner

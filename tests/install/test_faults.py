@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from tests.install.hosts import BRIDGE, Host, Record, running, until
 
-from meshcni.agent.installation import LASTING_SECONDS, Installation, InstallConfig
+from meshcni.agent.installation import LASTING_SECONDS, Installation
+from meshcni.agent.installconfig import InstallConfig
 from meshcni.agent.installer import FIGHT_REPAIRS, Installer
 from meshcni.errors import InstallError
 

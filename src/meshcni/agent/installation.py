@@ -16,17 +16,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from meshcni import istio
-from meshcni.agent import platforms
+from meshcni.agent import neighbours, platforms
+from meshcni.agent.installconfig import InstallConfig
 from meshcni.cni import conf
-from meshcni.cni.confplan import Assessment, ConfDir, ConfPolicy, assess, removal
-from meshcni.cni.conftext import parse
+from meshcni.cni.confplan import Assessment, ConfDir, assess, removal
 from meshcni.cni.kubeconfig import RESULT as KUBECONFIG_FAILURE
 from meshcni.cni.kubeconfig import kubeconfig, server_url
-from meshcni.errors import ConfError, InstallError, MeshCniError
+from meshcni.errors import InstallError, MeshCniError
 from meshcni.host import files
 from meshcni.host.confdir import MAX_CONF_BYTES, carry_out, entries, read_conf_dir
 from meshcni.host.files import FileChangedError, FileState
-from meshcni.host.mounts import shown_directory
 
 # Labels of istio_cni_installs_total: cni/pkg/monitoring
 SUCCESS = "SUCCESS"
@@ -40,59 +39,6 @@ RACES = 5  # times in a row that somebody else may write between our look and ou
 # repaired once more at once and then this many times a second, so that two writers do not chase each other.
 LASTING_SECONDS = 0.25
 REPAIRS_PER_SECOND = 0.75
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstallConfig:
-    """Every directory and value of the installer; agent/wiring.py builds it, tests give their own."""
-
-    entry: conf.EntryConfig
-    conf_dir: str = istio.HOST_CONF_DIR
-    conf_name: str = ""  # the operator's; empty: the first valid file, or the default name when standalone
-    chained: bool = True
-    owned: bool = False
-    owned_name: str = ""  # empty: istio.OWNED_CONF_NAME
-    original_conversion: bool = False  # CNI_CONF_ORIGINAL_CONVERSION
-    conf_group_read: bool = False
-    binary_source_dir: str = istio.BINARY_SOURCE_DIR
-    binary_target_dirs: tuple[str, ...] = (istio.HOST_BINARY_DIR,)
-    run_dir: str = istio.RUN_DIR
-    kubeconfig_mode: int = 0o600
-    kube_ca_file: str = ""  # empty: ca.crt of the service account
-    skip_tls_verify: bool = False
-    service_account_dir: str = istio.SERVICE_ACCOUNT_DIR
-    api_protocol: str = "https"  # KUBERNETES_SERVICE_PROTOCOL
-    api_host: str = ""  # KUBERNETES_SERVICE_HOST
-    api_port: str = ""  # KUBERNETES_SERVICE_PORT
-    uninstall_removes_binary: bool = False  # UNINSTALL_REMOVES_BINARY
-    resync_seconds: float = 60.0
-    host_root: str = ""  # where the host's file system is seen, for hints; empty: nowhere
-
-    @property
-    def kubeconfig_path(self) -> str:
-        """Where the kubeconfig is."""
-        return os.path.join(self.run_dir, istio.KUBECONFIG_NAME)
-
-    @property
-    def marker_path(self) -> str:
-        """The file that lets ADDs pass when no agent answers."""
-        return os.path.join(self.run_dir, istio.UNINSTALLED_MARKER_NAME)
-
-    @property
-    def ca_path(self) -> str:
-        """The CA that goes into the kubeconfig."""
-        return self.kube_ca_file or os.path.join(self.service_account_dir, "ca.crt")
-
-    def policy(self) -> ConfPolicy:
-        """What is wanted of the conf directory. Raises SettingError for a name that can never work."""
-        return ConfPolicy(
-            own=conf.entry(self.entry),
-            conf_name=self.conf_name,
-            chained=self.chained,
-            owned=self.owned,
-            owned_name=self.owned_name or istio.OWNED_CONF_NAME,
-            original_conversion=self.original_conversion,
-        )
 
 
 @dataclass(slots=True)
@@ -185,7 +131,7 @@ class Installation:
                 if found.reason or not found.changes:
                     self._undone_at = None
                     break
-                if elsewhere := self._plugins_elsewhere(directory, found.target):
+                if elsewhere := neighbours.elsewhere(self.config, directory, found.target):
                     outcome.waiting = elsewhere
                     break
                 if self._was_in_place and not self._may_repair(outcome):
@@ -195,7 +141,7 @@ class Installation:
             else:
                 outcome.waiting = f"{found.target} is changed by somebody else each time we write it"
             self._sweep(directory)
-        outcome.notes = found.notes + self._missing_neighbours(directory, found.target) + self._alone(directory)
+        outcome.notes = found.notes + neighbours.doubts(self.config, directory, found.target)
         if found.target:
             outcome.conf_path = os.path.join(self.config.conf_dir, found.target)
         if found.failed:
@@ -248,52 +194,6 @@ class Installation:
 
     def _read_conf_dir(self) -> tuple[ConfDir, dict[str, FileState]]:
         return read_conf_dir(self.config.conf_dir, self.config.conf_name)
-
-    def _missing_neighbours(self, directory: ConfDir, target: str) -> tuple[str, ...]:
-        """A hint when the plugins that the conf names are not where we put ours: the runtime may look elsewhere."""
-        dirs, missing = self.config.binary_target_dirs, self._neighbours(directory, target)[1]
-        if not missing or not os.path.isdir(dirs[0]):
-            return ()
-        hint = platforms.hint_for_plugins(self.config.host_root, missing)
-        return (
-            f"{target} names {', '.join(missing)}, not found in {', '.join(dirs)}: the runtime seems to use another "
-            f"directory for plugins, and would not find ours; {hint}",
-        )
-
-    def _plugins_elsewhere(self, directory: ConfDir, target: str) -> str:
-        """Why our entry would let no pod start: all other plugins of the conf are in a directory that is not ours.
-
-        Not even our own successor with the right directory could start then.
-        """
-        types, missing = self._neighbours(directory, target)
-        if not missing or missing != types:
-            return ""
-        where = platforms.directory_of_plugins(self.config.host_root, types)
-        return (
-            where
-            and f"the plugins of {target} are in {where} of the host, ours would not be, so the conf is not touched"
-        )
-
-    def _neighbours(self, directory: ConfDir, target: str) -> tuple[list[str], list[str]]:
-        """The types of the conf's other plugins, and which of them are in none of our directories."""
-        data = directory.files.get(target)
-        if data is None or not self.policy.chained:
-            return [], []
-        plugins = conf.foreign_part(conf.as_list(target, data))["plugins"]
-        types = sorted({str(plugin.get("type")) for plugin in plugins})
-        dirs = self.config.binary_target_dirs
-        return types, [one for one in types if not any(os.path.exists(os.path.join(base, one)) for base in dirs)]
-
-    def _alone(self, directory: ConfDir) -> tuple[str, ...]:
-        """A file that holds our plugin alone gives no pod an interface, so it must not be what the runtime reads."""
-        first = next(iter(conf.candidates(directory.files)), "")
-        if self.policy.chained or not first or "multus" in shown_directory(self.config.conf_dir):
-            return ()
-        try:
-            ours = conf.is_ours(parse(directory.files[first], first).value)
-        except ConfError:
-            return ()
-        return (ALONE.format(path=os.path.join(self.config.conf_dir, first)),) if ours else ()
 
     # --- backups of converted files -----------------------------------------------------------------------------------
 
@@ -392,11 +292,6 @@ class Installation:
             done += [f"removed {path}" for path in paths if files.remove(path)]
 
 
-ALONE = (
-    "{path} is the first conf of its directory and holds our plugin alone: a runtime that reads this directory itself "
-    "would give pods no network; CHAINED_CNI_PLUGIN=false is for Multus, which calls us by a "
-    "NetworkAttachmentDefinition (chart value provider=multus) and reads a directory of its own (cniConfDir)"
-)
 MARKER_TEXT = (
     b"The istio-cni node agent was uninstalled.\n"
     b"While this file is here and no agent answers, the plugin lets pods pass.\n"

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field, replace
 
 from meshcni import istio
 from meshcni.agent import platforms
-from meshcni.agent.installation import SUCCESS, Installation, InstallConfig, Outcome
+from meshcni.agent.installation import SUCCESS, Installation, Outcome
+from meshcni.agent.installconfig import InstallConfig
 from meshcni.cni import conf
 from meshcni.errors import MeshCniError
 from meshcni.host import files
 from meshcni.host.files import TEMP_MARK
 from meshcni.host.inotify import DirectoryWatch
-
-__all__ = ["Callbacks", "InstallConfig", "InstallStatus", "Installer"]
 
 log = logging.getLogger("cni-agent")
 

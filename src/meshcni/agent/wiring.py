@@ -6,7 +6,7 @@ import os
 
 from meshcni import istio
 from meshcni.agent.hostmounts import in_container
-from meshcni.agent.installer import InstallConfig
+from meshcni.agent.installconfig import InstallConfig
 from meshcni.agent.programming import BackendConfig
 from meshcni.agent.settings import ROWS, Settings
 from meshcni.cni.conf import EntryConfig
