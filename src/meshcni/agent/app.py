@@ -77,25 +77,12 @@ class Agent:
         self.namespaces: Informer[Namespace] | None = None
         if settings.ambient_enabled:
             self.namespaces = Informer(self.api, NAMESPACES, namespace_from_object, metadata_only=True)
+        self.informers = tuple(informer for informer in (self.pods, self.namespaces) if informer is not None)
         self.own_pod = OwnPod(self.events.warn, self.pods, settings.pod_namespace, settings.pod_name)
-        self.prerequisites = Prerequisites(
-            settings,
-            self.api,
-            [informer for informer in (self.pods, self.namespaces) if informer is not None],
-            tell=self.own_pod.tell,
-        )
+        self.prerequisites = Prerequisites(settings, self.api, self.informers, tell=self.own_pod.tell)
         self.sockets = rundir.SocketPaths()
         self.serving = Serving(settings, self.metrics, self.sockets)
-        self.installer = Installer(
-            wiring.install_config(settings, plugin_log_level),
-            Callbacks(
-                result=lambda result: self.metrics.count(m.INSTALLS, result=result),
-                changed=self._install_changed,
-                fight=self.own_pod.tell_of_fight,
-            ),
-            superseded=self.sockets.taken,
-            sandboxes=lambda: networked(self.pods.items()),
-        )
+        self.installer = self._make_installer(plugin_log_level)
         self.lookup = PodLookup(self.api, self.pods, self.namespaces, settings.api_timeout_seconds)
         self.programmer = Programmer(
             wiring.backend_config(settings),
@@ -106,32 +93,13 @@ class Agent:
             self.own_pod.tell,
             ambient_ipv6=settings.ambient_enabled and settings.ambient_ipv6,
         )
-        self.ambient: Ambient | None = None
-        if self.namespaces is not None:
-            from meshcni.agent.ambientwiring import make_ambient  # with protobuf: nothing for sidecars alone
-
-            self.ambient = make_ambient(
-                settings, self.pods, self.namespaces, self.programmer, self.api, self.events.warn, self.metrics
-            )
-            self.pods.subscribe(self.ambient.pod_changed)
-            self.namespaces.subscribe(self.ambient.namespace_changed)
+        self.ambient = self._make_ambient()
         self.healer = make_healer(settings, self.pods, self.programmer)
         self.repairer = make_repairer(settings, self.pods, self.healer, self.api, self.events, self.metrics)
         self.sidecars = make_sidecars(
             settings, self.pods, self.healer, self.events, self.metrics, self.prerequisites, self.sockets.taken
         )
-        if self.sidecars is not None:
-            self.pods.subscribe(self.sidecars.pod_changed)
-        self.adds = PodAdds(
-            self.lookup,
-            wiring.policy(settings),
-            self.programmer.program,
-            self.metrics,
-            warn=self.events.warn,
-            environment=settings.rule_environment,
-            enroll=self.ambient.add if self.ambient else None,
-            programmed=self.sidecars.programmed if self.sidecars else lambda pod: None,
-        )
+        self.adds = self._make_adds()
         self.add_server = AddServer(self.adds.handle, self.serving.refusals("agent"))
         self.ending = Ending(
             settings,
@@ -152,6 +120,46 @@ class Agent:
         self._end = asyncio.Event()
         self._crashed = False
         self._frozen = False
+
+    # --- parts that need several others -------------------------------------------------------------------------------
+
+    def _make_installer(self, plugin_log_level: str) -> Installer:
+        callbacks = Callbacks(
+            result=lambda result: self.metrics.count(m.INSTALLS, result=result),
+            changed=self._install_changed,
+            fight=self.own_pod.tell_of_fight,
+        )
+        return Installer(
+            wiring.install_config(self.settings, plugin_log_level),
+            callbacks,
+            superseded=self.sockets.taken,
+            sandboxes=lambda: networked(self.pods.items()),
+        )
+
+    def _make_ambient(self) -> Ambient | None:
+        """Ambient mode, subscribed to what it watches; None when it is off."""
+        if self.namespaces is None:
+            return None
+        from meshcni.agent.ambientwiring import make_ambient  # with protobuf: nothing for sidecars alone
+
+        ambient = make_ambient(
+            self.settings, self.pods, self.namespaces, self.programmer, self.api, self.events.warn, self.metrics
+        )
+        self.pods.subscribe(ambient.pod_changed)
+        self.namespaces.subscribe(ambient.namespace_changed)
+        return ambient
+
+    def _make_adds(self) -> PodAdds:
+        return PodAdds(
+            self.lookup,
+            wiring.policy(self.settings),
+            self.programmer.program,
+            self.metrics,
+            warn=self.events.warn,
+            environment=self.settings.rule_environment,
+            enroll=self.ambient.add if self.ambient else None,
+            programmed=self.sidecars.programmed if self.sidecars else lambda pod: None,
+        )
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -279,11 +287,10 @@ class Agent:
         Without either, a pod that is not read yet is asked for directly, so the agent is of full use before.
         """
         counts = self.settings.ambient_enabled or self.settings.repair_enabled
-        informers = [informer for informer in (self.pods, self.namespaces) if informer is not None and counts]
         waiting = [
             f"{informer.name} of the cluster are not read yet: {informer.state.last_error or 'asking'}"
-            for informer in informers
-            if not informer.synced.is_set()
+            for informer in self.informers
+            if counts and not informer.synced.is_set()
         ]
         stopping = (f"the agent is shutting down ({self._stopping})",) if self._stopping else ()
         ambient = self.ambient.not_ready() if self.ambient is not None and not waiting else ()
@@ -311,7 +318,7 @@ class Agent:
             not_live=self.not_live(),
             install=self.installer.status,
             programmer=self.programmer,
-            informers=[informer for informer in (self.pods, self.namespaces) if informer is not None],
+            informers=self.informers,
             node=self.node,
             adds=self.adds.recent,
             errors=self.metrics.series(m.ERRORS),
@@ -343,12 +350,11 @@ class Agent:
         for part in (self.ambient, self.sidecars):
             if part is not None:
                 part.measure()
-        for informer in (self.pods, self.namespaces):
-            if informer is not None:
-                self.metrics.set(m.WATCH_SYNCED, informer.synced.is_set(), resource=informer.name)
-                self.metrics.set(m.WATCH_OBJECTS, len(informer.items()), resource=informer.name)
-                self.metrics.set(m.WATCH_FAILURES, informer.state.restarts, resource=informer.name)
-                self.metrics.set(m.WATCH_REJECTED, informer.state.rejected, resource=informer.name)
+        for informer in self.informers:
+            self.metrics.set(m.WATCH_SYNCED, informer.synced.is_set(), resource=informer.name)
+            self.metrics.set(m.WATCH_OBJECTS, len(informer.items()), resource=informer.name)
+            self.metrics.set(m.WATCH_FAILURES, informer.state.restarts, resource=informer.name)
+            self.metrics.set(m.WATCH_REJECTED, informer.state.rejected, resource=informer.name)
 
     async def _look_after(self, plugin_log: Path) -> None:
         """Raises SocketLostError, which ends the agent: its successor makes the sockets anew."""
