@@ -8,12 +8,11 @@ host is touched and nothing is left behind, whatever ends the demo.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
@@ -21,9 +20,9 @@ from lab import objects
 from lab.agent import EXCLUDED_NAMESPACE, AgentOptions
 from lab.clean import leftovers
 from lab.containerd import GATEWAY_V4, GATEWAY_V6
-from lab.cri import CriError
 from lab.demoambient import AmbientPart
 from lab.demopage import Traffic, show_ambient, show_next, show_sidecars
+from lab.demorun import run_demo
 from lab.envoy import Captured
 from lab.mesh import APP_PORT, Mesh, RunningPod
 from lab.node import LabError
@@ -35,8 +34,6 @@ from meshcni.pods.model import pod_from_object
 from meshcni.rules.model import Backend
 
 OUTSIDE_PORT = 9090  # of the server outside the pods
-EXIT_INTERRUPTED = 130
-PIPE_WIDTH = 120  # characters of a line when the output is no terminal
 EACH_WAY_ONCE = Captured(inbound=1, outbound=1)
 NOTHING = Captured(inbound=0, outbound=0)
 
@@ -144,50 +141,35 @@ def in_words(traffic: Traffic) -> str:
     return f"connections that Envoy got: {traffic.captured.inbound} in, {traffic.captured.outbound} out"
 
 
-def stop_by_signal(number: int, _frame: object) -> NoReturn:
-    """End as Ctrl-C does, and let nothing interrupt the clearing away."""
-    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(other, signal.SIG_IGN)
-    raise KeyboardInterrupt(number)
+def play(console: Console, backend: Backend) -> list[str]:
+    """Run it on a node of its own, which is gone afterwards, and show the page; returns what was wrong."""
+    with Steps(console) as steps:
+        with steps.step("Make namespaces, start the API server") as step:
+            mesh = Mesh().__enter__()
+            step.note = f"{mesh.node.name}: private mounts, network, pids"
+        try:
+            demo = Demo(mesh, steps, backend)
+            demo.run()
+        finally:
+            with steps.step("Clear everything away") as step:
+                name = mesh.node.name
+                mesh.close()
+                if name in leftovers():
+                    raise LabError(f"something of {name} is left; python -m lab.clean removes it")
+                step.note = "its processes, netns, mounts, cgroups and files are gone"
+    show_sidecars(console, CASES, demo.before, demo.after, backend)
+    show_ambient(console, demo.ambient)
+    show_next(console)
+    return demo.failures()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demo; 0 when every pod was as it should be, 1 when not or when it cannot run here."""
+    """Run the demo; 0 when every pod was as it should be, else see demorun."""
     parser = argparse.ArgumentParser(prog="python -m lab.demo", description=__doc__.partition("\n")[0])
     backends = [backend.value for backend in Backend]
     parser.add_argument("--backend", choices=backends, default=Backend.NFTABLES.value, help="who programs the kernel")
     backend = Backend(parser.parse_args(arguments).backend)
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=PIPE_WIDTH)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop_by_signal)
-    try:
-        with Steps(console) as steps:
-            with steps.step("Make namespaces, start the API server") as step:
-                mesh = Mesh().__enter__()
-                step.note = f"{mesh.node.name}: private mounts, network, pids"
-            try:
-                demo = Demo(mesh, steps, backend)
-                demo.run()
-            finally:
-                with steps.step("Clear everything away") as step:
-                    name = mesh.node.name
-                    mesh.close()
-                    if name in leftovers():
-                        raise LabError(f"something of {name} is left; python -m lab.clean removes it")
-                    step.note = "its processes, netns, mounts, cgroups and files are gone"
-    except KeyboardInterrupt:
-        console.print("Interrupted; everything is cleared away.")
-        return EXIT_INTERRUPTED
-    except (LabError, CriError, OSError) as error:
-        console.print("The demo failed: ", style="red", end="")
-        console.print(str(error), markup=False, soft_wrap=True)
-        return 1
-    show_sidecars(console, CASES, demo.before, demo.after, backend)
-    show_ambient(console, demo.ambient)
-    show_next(console)
-    for failure in demo.failures():
-        console.print(f"[red]not as it should be:[/] {failure}")
-    return 1 if demo.failures() else 0
+    return run_demo(lambda console: play(console, backend))
 
 
 if __name__ == "__main__":

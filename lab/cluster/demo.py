@@ -6,8 +6,6 @@ the counts are those of Envoy and of ztunnel. Everything is removed at the end, 
 
 from __future__ import annotations
 
-import signal
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +18,8 @@ from rich.text import Text
 from lab.clean import leftovers
 from lab.cluster import hostpods, verdict, workloads
 from lab.cluster.cluster import Cluster
-from lab.cri import CriError
-from lab.demo import EXIT_INTERRUPTED, PIPE_WIDTH, stop_by_signal
 from lab.demopage import COLOURS
+from lab.demorun import run_demo
 from lab.envoy import Captured, Envoy, Mode
 from lab.node import LabError, wait_until
 from lab.steps import Steps
@@ -220,25 +217,16 @@ def call_table(demo: Demo) -> Table:
 
 
 def main() -> int:
-    """Run the demo; 0 when all was as it should be, 1 when not or when it cannot run here."""
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=PIPE_WIDTH)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop_by_signal)
-    try:
-        with Steps(console) as steps:
-            demo, page = run(steps, console)
-    except KeyboardInterrupt:
-        console.print("Interrupted; everything is cleared away.")
-        return EXIT_INTERRUPTED
-    except (LabError, CriError, OSError) as error:
-        console.print("The demo failed: ", style="red", end="")
-        console.print(str(error), markup=False, soft_wrap=True)
-        return 1
+    """Run the demo; 0 when all was as it should be, else see lab.demorun."""
+    return run_demo(play)
+
+
+def play(console: Console) -> list[str]:
+    """Run it and show the page; returns what was wrong."""
+    with Steps(console) as steps:
+        demo, page = run(steps, console)
     console.print(page, end="")
-    for failure in demo.failures():
-        console.print("[red]not as it should be:[/] ", end="")
-        console.print(failure, markup=False)
-    return 1 if demo.failures() else 0
+    return demo.failures()
 
 
 def run(steps: Steps, console: Console) -> tuple[Demo, Text]:
