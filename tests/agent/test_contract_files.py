@@ -9,35 +9,13 @@ from pathlib import Path
 import pytest
 from tests.agent.contract import BRIDGE, BRIDGE_WITH_ENTRY, Node, healed, mode_of
 from tests.agent.scene import wait_until
+from tests.cluster.originalagent import KUBECONFIG, trust
 
 from meshcni import istio
 
 QUIET = {"REPAIR_ENABLED": "false"}
 TOKEN = "eyJhbGciOiJSUzI1NiIsImtpZCI6IkEifQ.eyJhdWQiOlsiaHR0cHM6Ly9rIl19.c2lnbmF0dXJl-_x"
 CA = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
-KUBECONFIG = """\
-apiVersion: v1
-clusters:
-- cluster:
-    {trust}
-    server: {server}
-  name: local
-contexts:
-- context:
-    cluster: local
-    user: istio-cni
-  name: istio-cni-context
-current-context: istio-cni-context
-kind: Config
-users:
-- name: istio-cni
-  user:
-    token: {token}
-"""
-
-
-def trust(ca: str) -> str:
-    return f"certificate-authority-data: {base64.b64encode(ca.encode()).decode()}"
 
 
 @pytest.fixture(autouse=True)

@@ -39,12 +39,13 @@ SELECTORS = [
         "namespaceSelector": {"matchLabels": {"istio.io/dataplane-mode": "ambient"}},
     },
 ]
+# Ours is compared with it too (tests/agent/test_contract_files.py); it is here because the image holds this file alone.
 KUBECONFIG = """\
 apiVersion: v1
 clusters:
 - cluster:
-    certificate-authority-data: {ca}
-    server: https://{host}:{port}
+    {trust}
+    server: {server}
   name: local
 contexts:
 - context:
@@ -101,16 +102,20 @@ def install() -> None:
     partial = TARGET.with_name("istio-cni.tmp.1")
     shutil.copy2(SOURCE, partial)
     partial.rename(TARGET)
-    ca = base64.b64encode((ACCOUNT / "ca.crt").read_bytes()).decode()
-    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
-    kubeconfig = KUBECONFIG.format(ca=ca, host=host, port=port, token=(ACCOUNT / "token").read_text())
-    write(RUN / "istio-cni-kubeconfig", kubeconfig, 0o600)
+    server = f"https://{os.environ['KUBERNETES_SERVICE_HOST']}:{os.environ['KUBERNETES_SERVICE_PORT']}"
+    ca, token = ((ACCOUNT / name).read_text() for name in ("ca.crt", "token"))
+    write(RUN / "istio-cni-kubeconfig", KUBECONFIG.format(trust=trust(ca), server=server, token=token), 0o600)
     path = sorted([*CONFS.glob("*.conf"), *CONFS.glob("*.conflist")])[0]
     document = json.loads(path.read_text())
     # the first round always writes, because no path is known yet: our entry goes, a new one comes
     document["plugins"] = [plugin for plugin in document["plugins"] if plugin["type"] != "istio-cni"] + [entry()]
     write(path, json.dumps(document, indent=2, sort_keys=True) + "\n", path.stat().st_mode & 0o777)
     say(f"wrote {path}")
+
+
+def trust(ca: str) -> str:
+    """The kubeconfig's line about the server's certificate."""
+    return f"certificate-authority-data: {base64.b64encode(ca.encode()).decode()}"
 
 
 def entry() -> dict[str, object]:
