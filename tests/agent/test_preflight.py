@@ -86,10 +86,68 @@ def test_a_family_without_any_table() -> None:
     assert "AMBIENT_IPV6=false" in str(lack)
 
 
+# How the commands say it: iptables 1.8.9, legacy with the module away, nft as nft_chain and nft_cmd word it.
+NO_TABLE = {
+    "legacy": "ip6tables-restore v1.8.9 (legacy): ip6tables-restore: unable to initialize table '{}'",
+    "nft": "line 1: TABLE_ADD failed (Operation not supported): table {}",
+}
+
+
+def without_tables(variant: str, *tables: str, family: Family = Family.V6) -> kernelsupport.Attempt:
+    """A kernel that has the modules, and not these tables of a family."""
+
+    def attempt(given: Family, features: tuple[Feature, ...]) -> str:
+        missing = [feature.iptables[0] for feature in features if feature.iptables[0] in tables]
+        return NO_TABLE[variant].format(missing[0]) if missing and given is family else ""
+
+    return attempt
+
+
+@pytest.mark.parametrize(
+    ("variant", "base", "instead"),
+    [
+        ("legacy", "ip6_tables, ip6table_{nat,mangle,raw}", "NATIVE_NFTABLES=true"),
+        ("nft", "nf_tables (family ip6)", "FORCE_IPTABLES_BINARY=legacy"),
+    ],
+)
+def test_a_family_whose_tables_are_missing_is_one_lack(variant: str, base: str, instead: str) -> None:
+    attempt = without_tables(variant, "nat", "mangle", "raw")
+    (lack,) = lacks(Backend.IPTABLES, variant, ipv6=True, attempt=attempt)
+    assert (lack.modules, lack.family, lack.instead) == (base, Family.V6, instead)
+    assert "pods without IPv6 addresses lose nothing" in str(lack)
+    assert "start the agent again" in str(lack)
+
+
+@pytest.mark.parametrize(("variant", "name"), [("legacy", "ip6table_nat"), ("nft", "nf_tables (table nat)")])
+def test_a_table_that_is_missing_is_named_and_not_the_rules_in_it(variant: str, name: str) -> None:
+    (lack,) = lacks(Backend.IPTABLES, variant, ipv6=True, attempt=without_tables(variant, "nat"))
+    assert (lack.modules, lack.without) == (name, f"with an IPv6 address, {EVERY_POD}")
+
+
+@pytest.mark.parametrize("variant", NO_TABLE)
+def test_what_is_missing_for_ipv6_alone(variant: str) -> None:
+    def found(attempt: kernelsupport.Attempt, backend: Backend = Backend.IPTABLES) -> list[str]:
+        return [lack.modules for lack in kernelsupport.lacks_for_ipv6_alone(backend, variant, attempt=attempt)]
+
+    away = without_tables(variant, "nat", "mangle", "raw")
+    assert len(found(away)) == 1
+    assert found(away, Backend.NFTABLES) == []
+    assert found(without("xt_CT", family=Family.V6)) == ["xt_CT"]
+    assert found(without("xt_CT")) == [], "IPv4 pods fail as well: it is no matter of the family"
+    assert found(without("xt_TPROXY", "xt_conntrack", family=Family.V6)) == [], "ambient pods need none"
+
+
+def test_the_reason_is_below_the_name_of_the_program() -> None:
+    """A rule that the kernel refuses: the nft variant's command says so in its second line."""
+    refused = Feature("xt_owner", ("mangle", "PREROUTING -m owner --uid-owner 1 -j RETURN"), "", ("", ""), EVERY_POD)
+    (lack, _) = lacks(Backend.IPTABLES, "nft", ipv6=True, features=(refused,))
+    assert "RULE_APPEND failed" in lack.reason
+
+
 def test_a_kernel_without_nftables() -> None:
     (lack,) = lacks(Backend.NFTABLES, "nftables", ipv6=False, attempt=lambda family, _: "no nf_tables")
-    assert (lack.modules, lack.without) == ("nf_tables", EVERY_POD)
-    assert "NATIVE_NFTABLES" not in str(lack)
+    assert (lack.modules, lack.without) == ("nf_tables (family inet)", EVERY_POD)
+    assert "NATIVE_NFTABLES=false" in str(lack)
 
 
 def test_ipv6_that_is_not_looked_at(tmp_path: Path) -> None:

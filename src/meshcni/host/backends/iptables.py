@@ -33,9 +33,27 @@ MAX_COMPLAINT = 2000  # characters of a tool's standard error in our message
 NS_GET_USERNS = 0xB701  # linux/nsfs.h
 _COMMAND = {Family.V4: "iptables", Family.V6: "ip6tables"}
 _NEEDED_CAPABILITIES = ("CAP_NET_ADMIN", "CAP_NET_RAW")
-_MISSING_MODULE = ("does not exist", "No chain/target/match", "can't initialize")
+_MISSING_MODULE = (
+    "does not exist",
+    "No chain/target/match",
+    "can't initialize",
+    "unable to initialize",
+    "_ADD failed (Operation not supported)",
+)
 _MISSING_SET = re.compile(r"Set \S+ doesn't exist")
 _NFT_FAMILY = {Family.V4: "ip", Family.V6: "ip6"}
+
+_IPV6_LOAD = (
+    "the kernel's netfilter for IPv6 is missing, and IPv6 traffic would pass by the mesh: load ip6_tables with its "
+    "tables nat, mangle and raw (legacy), or nf_tables with family ip6 (nft), on the node"
+)
+_IPV6_AMBIENT = f"{_IPV6_LOAD}, or set AMBIENT_IPV6=false, which leaves IPv6 outside of the mesh"
+_IPV6_HINTS = {
+    Purpose.SIDECAR: f"{_IPV6_LOAD}, give pods no IPv6 addresses, or set FAMILY_POLICY=original, which leaves IPv6 of "
+    "dual-stack pods outside of the mesh",
+    Purpose.AMBIENT_POD: _IPV6_AMBIENT,
+    Purpose.AMBIENT_HOST: _IPV6_AMBIENT,
+}
 
 # Nothing else of our environment is passed on.
 HOST_ENVIRONMENT = {"PATH": ":".join(SEARCH_PATH), "LC_ALL": "C"}
@@ -277,7 +295,8 @@ class IptablesBackend:
         if done.returncode != 0:
             complaint = done.stderr.strip()[:MAX_COMPLAINT]
             raise ApplyError(
-                f"{words} failed with status {done.returncode}: {complaint}", _hint(done.stderr, self._purpose)
+                f"{words} failed with status {done.returncode}: {complaint}",
+                _hint(done.stderr, self._purpose, is_ipv6=_COMMAND[Family.V6] in words),
             )
         return done.stdout
 
@@ -327,12 +346,14 @@ def _drift(ruleset: Ruleset, texts: Mapping[Family, str]) -> tuple[plan.Drift, .
     return plan.drift(ruleset, {family: iptables.parse(text) for family, text in texts.items()})
 
 
-def _hint(stderr: str, purpose: Purpose) -> str:
+def _hint(stderr: str, purpose: Purpose, *, is_ipv6: bool) -> str:
     lacking = tuple(capability for capability in missing_capabilities() if capability.name in _NEEDED_CAPABILITIES)
     if lacking:
         return complaint(lacking)
     if _MISSING_SET.search(stderr):
         return "the address set of the probes has to be made before the rules"
     if any(phrase in stderr for phrase in _MISSING_MODULE):
+        if is_ipv6:  # the rules for IPv4 are in already
+            return _IPV6_HINTS[purpose]
         return "is a kernel module (xt_REDIRECT, xt_TPROXY, xt_owner, xt_CT, iptable_nat) missing?"
     return f"the rules in question are shown by `meshcni rules {purpose.value}`"
