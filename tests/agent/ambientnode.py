@@ -335,8 +335,8 @@ class Search:
 class Node:
     """See the module. `runs`: by UID, what the runtime has made and whose processes can be found."""
 
-    def __init__(self, folder: Path, families: frozenset[Family] = V4) -> None:
-        self.folder, self.families = folder, families
+    def __init__(self, folder: Path, families: frozenset[Family] = V4, without_ipv6: str = "") -> None:
+        self.folder, self.families, self.without_ipv6 = folder, families, without_ipv6
         self.namespaces: dict[str, dict[str, str]] = {"shop": {MODE: "ambient"}, "plain": {}}
         self.defaults = AmbientParameters()
         self.pods: dict[tuple[str, str], Pod] = {}  # the API's
@@ -369,6 +369,7 @@ class Node:
             VERIFY_SECONDS,
             2.0,
             ("kata*",),
+            self.without_ipv6,
         )
         self.agent = Ambient(
             config,

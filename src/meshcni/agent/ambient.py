@@ -79,6 +79,7 @@ class Ambient:
             config.ztunnel_wait_seconds,
             rules,
             facts,
+            config.without_ipv6,
         )
         self.steps = Steps(parts, lambda: list(self.records))
         self.records = Reconciler(self.ztunnel, self.steps, on_desired=_became_desired, on_left=self._left)

@@ -34,7 +34,8 @@ class Namespaces(Protocol):
 class AmbientConfig:
     """What the settings say. `defaults` are the node's parameters, which annotations of a pod override.
 
-    `sandboxed_runtimes` are patterns of RuntimeClass names whose pods cannot be enrolled.
+    `sandboxed_runtimes` are patterns of RuntimeClass names whose pods cannot be enrolled. `without_ipv6` says what the
+    kernel lacks for the IPv6 rules that were asked for; empty when there are such rules, or when none were asked for.
     """
 
     policy: Policy
@@ -43,3 +44,4 @@ class AmbientConfig:
     verify_seconds: float
     ztunnel_wait_seconds: float
     sandboxed_runtimes: tuple[str, ...]
+    without_ipv6: str = ""

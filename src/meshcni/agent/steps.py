@@ -21,6 +21,7 @@ from meshcni.errors import ApplyError, KubeError, MeshCniError, NetnsError
 from meshcni.host import ambient as host_ambient
 from meshcni.host.backends.detection import VariantChoice
 from meshcni.host.netns import NetnsFacts, facts
+from meshcni.host.redirection import Address
 from meshcni.pods.ambient import AmbientParameters
 from meshcni.pods.enrollment import Annotation, Intent, Step, seen
 from meshcni.pods.model import Pod
@@ -73,6 +74,7 @@ class StepParts:
     ztunnel_wait_seconds: float
     rules: PodRules = host_ambient
     facts: Callable[[], NetnsFacts] = facts
+    without_ipv6: str = ""  # as of AmbientConfig
 
 
 class Steps:
@@ -154,7 +156,13 @@ class Steps:
             record.actual = seen(desired, record.actual)
 
     async def _put_routes(self, record: PodRecord) -> None:
-        await self._in_netns(record, lambda _choice: self._parts.rules.prepare_routes(self._parts.families))
+        uncaptured = self._uncaptured(record)
+
+        def work(_choice: VariantChoice | None) -> None:
+            self._refuse(uncaptured())
+            self._parts.rules.prepare_routes(self._parts.families)
+
+        await self._in_netns(record, work)
 
     async def _put_rules(self, record: PodRecord) -> None:
         if record.parameters is None:
@@ -170,9 +178,10 @@ class Steps:
     ) -> Callable[[VariantChoice | None], tuple[str, ...]]:
         """What runs in the netns: a pod that is enrolled is looked at first, so that it can be told what was wrong."""
         config, families, rules = self._parts.programmer.config, self._parts.families, self._parts.rules
-        expected = tuple(record.addresses)
+        expected, uncaptured = tuple(record.addresses), self._uncaptured(record)
 
         def work(choice: VariantChoice | None) -> tuple[str, ...]:
+            self._refuse(uncaptured())
             drift: tuple[str, ...] = ()
             if healing:
                 drift = rules.verify_pod(
@@ -198,16 +207,36 @@ class Steps:
         parts, parameters, config = self._parts, record.parameters, self._parts.programmer.config
         if parameters is None:
             return ()
-        has_addresses = bool(record.addresses)
+        has_addresses, uncaptured = bool(record.addresses), self._uncaptured(record)
 
         def work(choice: VariantChoice | None) -> tuple[str, ...]:
             if has_addresses and not parts.facts().addresses:
                 raise SandboxGoneError(f"the network namespace of pod {record.name} has no address any more")
-            return parts.rules.verify_pod(
+            drift = parts.rules.verify_pod(
                 parameters, parts.families, config.backend, force_iptables=config.forced_variant, choice=choice
             )
+            return (*(f"nothing captures what it sends and gets at {address}" for address in uncaptured()), *drift)
 
         return await self._in_netns(record, work)
+
+    def _uncaptured(self, record: PodRecord) -> Callable[[], tuple[Address, ...]]:
+        """What tells, in the pod's netns, the addresses of a family that the kernel takes no rules for.
+
+        Looked for only where there is such a family: everywhere else it costs nothing.
+        """
+        known = record.addresses
+        if not self._parts.without_ipv6:
+            return tuple
+        return lambda: tuple(sorted(one for one in {*known, *self._parts.facts().addresses} if one.version == 6))
+
+    def _refuse(self, uncaptured: tuple[Address, ...]) -> None:
+        if uncaptured:
+            raise ApplyError(
+                f"the pod has the IPv6 address {uncaptured[0]}, whose traffic would pass by the mesh: "
+                f"{self._parts.without_ipv6}",
+                "load them on the node and start the agent again, give the pod no IPv6 address, or set "
+                "AMBIENT_IPV6=false, which leaves IPv6 outside of the mesh",
+            )
 
     async def _release(self, record: PodRecord) -> None:
         await self._in_netns(record, lambda _choice: self._parts.rules.release_pod())
