@@ -55,18 +55,23 @@ _MEMBERS = "knowing which pods of this node belong to the mesh"
 _LABELS = "knowing which namespaces are in ambient mode"
 _DEPARTURE = "telling at the end whether the agent was taken off this node"
 _NOTHING_INSTALLED = "nothing is installed on the node"
+# Where an earlier agent has installed the plugin, one without rights answers ADDs too: what nobody knows must fail.
+_NOT_KNOWN = (
+    f"{_NOTHING_INSTALLED}, and where the plugin is in place already, pods that nobody knows do not start, in the mesh "
+    "or not"
+)
 PODS_RIGHTS = (
-    Right("get", PODS, _MEMBERS, without=f"{_NOTHING_INSTALLED}: a pod that the watch has not shown yet is not known"),
-    Right("list", PODS, _MEMBERS, without=f"{_NOTHING_INSTALLED}: no pod of the node is known"),
+    Right("get", PODS, _MEMBERS, without=f"{_NOT_KNOWN}: a pod that the watch has not shown yet is not known"),
+    Right("list", PODS, _MEMBERS, without=f"{_NOTHING_INSTALLED}: no pod is known before its ADD asks for it"),
     Right("watch", PODS, _MEMBERS, without=f"{_NOTHING_INSTALLED}: what is known of pods grows old"),
 )
 AMBIENT_RIGHTS = (
     *(
-        Right(verb, NAMESPACES, _LABELS, without=f"{_NOTHING_INSTALLED}: {loss}", chart=AMBIENT)
+        Right(verb, NAMESPACES, _LABELS, without=loss, chart=AMBIENT)
         for verb, loss in (
-            ("get", "a namespace that the watch has not shown yet is not known"),
-            ("list", "no namespace is known"),
-            ("watch", "labels that change are not noticed"),
+            ("get", f"{_NOT_KNOWN}: a namespace that the watch has not shown yet is not known"),
+            ("list", f"{_NOTHING_INSTALLED}: no namespace is known before an ADD in it asks for it"),
+            ("watch", f"{_NOTHING_INSTALLED}: labels that change are not noticed"),
         )
     ),
     Right(
