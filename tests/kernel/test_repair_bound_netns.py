@@ -9,11 +9,11 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 import pytest
-from tests.kernel.processworlds import FileWorld, PodPaths, ProcessWorld, RealWorld
+from tests.kernel.processworlds import HOST_CGROUP, FileWorld, PodPaths, ProcessWorld, RealWorld
 from tests.kernel.world import Netns
 
 from meshcni.host.boundnetns import BoundNetns
-from meshcni.host.podnetns import NOT_FOUND, TAKEN, Found, Refused, Wanted
+from meshcni.host.podnetns import NOT_FOUND, SANDBOXED, TAKEN, Found, Refused, Wanted
 
 UID = "3f0c5d1e-9a7b-4c26-8e14-0b2d6f8a9c33"
 OTHER_UID = "c0ffee00-1234-4abc-9def-00112233aabb"
@@ -129,6 +129,32 @@ def test_two_pods_with_one_address_get_nothing(world: ProcessWorld, bound: Bound
     results = look(world, bound, a=POD, b=Wanted((OTHER_UID,), (V4,)))
     assert [type(one) for one in results.values()] == [Refused, Refused]
     assert {one.code for one in results.values() if isinstance(one, Refused)} == {TAKEN}
+
+
+@pytest.mark.parametrize(
+    ("comm", "words"),
+    [("qemu-system-x86_64", "a virtual machine"), ("virtiofsd", "Kata"), ("firecracker", "a virtual machine")],
+)
+def test_the_netns_of_a_virtual_machine_is_refused_whatever_its_class_is_called(
+    comm: str, words: str, world: ProcessWorld, bound: Bound
+) -> None:
+    """Kata without `sandbox_cgroup_only`: the hypervisor is in the pod's netns, and in no cgroup of the pod."""
+    netns = bound.make("cni-1", V4, V6)
+    world.start(f"/kata_overhead/{ID}", netns, comm=comm)
+    result = look(world, bound, a=POD)["a"]
+    assert isinstance(result, Refused)
+    assert result.code == SANDBOXED
+    assert words in result.text
+
+
+def test_other_processes_in_the_netns_are_no_matter(world: ProcessWorld, bound: Bound) -> None:
+    """A runtime's helper, and a gVisor that works with the netns' own addresses."""
+    netns = bound.make("cni-1", V4, V6)
+    world.start(HOST_CGROUP, netns, comm="pinns")
+    world.start(HOST_CGROUP, netns, comm="runsc-sandbox")
+    elsewhere = bound.make("cni-2", ip_address("10.88.0.9"))
+    world.start(f"/kata_overhead/{ID}", elsewhere, comm="qemu-system-x86_64")
+    assert isinstance(look(world, bound, a=POD)["a"], Found)
 
 
 def test_the_netns_of_another_pods_process_is_not_taken(world: ProcessWorld, bound: Bound) -> None:

@@ -31,7 +31,15 @@ from meshcni.errors import NetnsError
 from meshcni.host.backends.iptables import find_tools
 from meshcni.host.boundnetns import BoundNetns
 from meshcni.host.netns import OTHERS_NETNS
-from meshcni.host.podnetns import HOST_NETNS, NO_ADDRESS, NOT_FOUND, UNREADABLE, WRONG_ADDRESS, NetnsFinder
+from meshcni.host.podnetns import (
+    HOST_NETNS,
+    NO_ADDRESS,
+    NOT_FOUND,
+    SANDBOXED,
+    UNREADABLE,
+    WRONG_ADDRESS,
+    NetnsFinder,
+)
 from meshcni.host.redirection import FamilyPolicy
 from meshcni.pods.eligibility import Policy
 from meshcni.pods.interception import Interception
@@ -210,6 +218,17 @@ def test_without_a_process_two_pods_with_one_address_are_refused(world: World) -
     assert refusal.code == CLAIMED_TWICE
     assert "shop/rival" in refusal.text
     assert not refusal.lasting
+
+
+@pytest.mark.parametrize("runtime_class", ["kata-qemu", "gvisor", "confined"])
+def test_a_sandboxed_pod_without_a_process_is_refused(world: World, runtime_class: str) -> None:
+    """By the name of its class before anything is looked for, and under any other name by its hypervisor."""
+    world.bind()
+    if runtime_class == "confined":
+        world.processes.start(f"/kata_overhead/{ID}", world.pod_netns, comm="qemu-system-x86_64")
+    refusal = world.refusal(replace(POD, runtime_class=runtime_class))
+    assert refusal.code == (SANDBOXED if runtime_class == "confined" else BAD_PARAMETERS)
+    assert refusal.lasting
 
 
 @pytest.mark.parametrize(

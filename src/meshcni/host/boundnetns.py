@@ -3,20 +3,32 @@
 CRI-O without an infra container (`drop_infra_ctr`) has no process in a pod's namespace while its only container waits
 to be started again, which is just when the pod is to be repaired. A file's name tells no pod, so the namespace is known
 by its addresses alone: it must hold every one of the pod's, no other namespace may, and no process of another pod may
-be in it. Runtimes bind namespaces below /var/run/netns, which the chart mounts at /host/var/run/netns.
+be in it. Nor may a hypervisor: a runtime may keep the processes of a virtual machine out of the pod's cgroup, and its
+RuntimeClass may have any name. Runtimes bind namespaces below /var/run/netns, which the chart mounts at
+/host/var/run/netns.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from meshcni.errors import NetnsError
 from meshcni.host import processes
 from meshcni.host.netns import enter, facts, open_netns
-from meshcni.host.podnetns import NOT_FOUND, TAKEN, Address, Found, Refused, Wanted
+from meshcni.host.podnetns import (
+    NOT_FOUND,
+    SANDBOXED,
+    TAKEN,
+    Address,
+    Found,
+    Refused,
+    Wanted,
+    sandbox_of,
+    sandboxed,
+)
 from meshcni.host.podprocesses import NetnsId, ProcessWalker
 from meshcni.pods.cgrouppath import uid_key
 
@@ -28,6 +40,18 @@ class _Bound:
     path: str
     descriptor: int
     id: NetnsId
+
+
+@dataclass(slots=True)
+class _Inhabitants:
+    """Who is where: the pods whose processes are in a namespace, and the folders of processes that are no pod's.
+
+    `never` are the namespaces of the host and of this process.
+    """
+
+    never: frozenset[NetnsId]
+    pods: dict[NetnsId, set[str]] = field(default_factory=dict)
+    others: dict[NetnsId, list[str]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -54,29 +78,28 @@ class BoundNetns:
         if not os.path.isdir(self._folder):
             text = f"no folder of network namespaces is mounted at {self._folder}, to look for one without a process"
             return dict.fromkeys(wanted, Refused(NOT_FOUND, text))
-        never, occupants = self._occupants()
+        inhabitants = self._inhabitants()
         # The thread enters one netns after the other and ends: the caller's must stay where it is.
         with ThreadPoolExecutor(1, "bound-netns") as thread:
-            return thread.submit(self._look, wanted, never, occupants).result()
+            return thread.submit(self._look, wanted, inhabitants).result()
 
-    def _occupants(self) -> tuple[frozenset[NetnsId], dict[NetnsId, set[str]]]:
-        """The namespaces of the host and of this process, and the pods whose processes are in each of the others."""
+    def _inhabitants(self) -> _Inhabitants:
         walk = ProcessWalker(self._proc_root).walk()
-        occupants: dict[NetnsId, set[str]] = {}
+        found = _Inhabitants(frozenset(map(processes.namespace_of, (f"{self._proc_root}/1", "/proc/self"))))
         for process in walk.in_pods:
             if process.netns is not None:
                 who = process.cgroup.pod_uid or process.cgroup.container_id
-                occupants.setdefault(process.netns, set()).add(who)
-        return frozenset(map(processes.namespace_of, (f"{self._proc_root}/1", "/proc/self"))), occupants
+                found.pods.setdefault(process.netns, set()).add(who)
+        for netns, folder in walk.outside:
+            found.others.setdefault(netns, []).append(folder)
+        return found
 
-    def _look(
-        self, wanted: Mapping[str, Wanted], never: frozenset[NetnsId], occupants: Mapping[NetnsId, set[str]]
-    ) -> dict[str, Found | Refused]:
+    def _look(self, wanted: Mapping[str, Wanted], inhabitants: _Inhabitants) -> dict[str, Found | Refused]:
         seen = _Seen()
         holding: dict[str, list[_Bound]] = {key: [] for key in wanted}
         kept: set[int] = set()
         try:
-            for bound in self._namespaces(never, seen):
+            for bound in self._namespaces(inhabitants.never, seen):
                 try:
                     keys = _holders(bound, wanted, seen)
                     for key in keys:
@@ -85,7 +108,7 @@ class BoundNetns:
                 finally:
                     if bound.descriptor not in kept:
                         os.close(bound.descriptor)
-            return {key: self._judge(key, pod, holding, occupants, seen) for key, pod in wanted.items()}
+            return {key: self._judge(key, pod, holding, inhabitants, seen) for key, pod in wanted.items()}
         finally:
             for descriptor in kept:
                 os.close(descriptor)
@@ -113,7 +136,7 @@ class BoundNetns:
         key: str,
         pod: Wanted,
         holding: Mapping[str, list[_Bound]],
-        occupants: Mapping[NetnsId, set[str]],
+        inhabitants: _Inhabitants,
         seen: _Seen,
     ) -> Found | Refused:
         candidates = holding[key]
@@ -128,11 +151,26 @@ class BoundNetns:
             return Refused(TAKEN, f"{len(candidates)} network namespaces hold {addresses}: {paths}")
         (bound,) = candidates
         own = {uid_key(uid) for uid in pod.uids}
-        others = {who for who in occupants.get(bound.id, ()) if uid_key(who) not in own} - pod.container_ids
+        others = {who for who in inhabitants.pods.get(bound.id, ()) if uid_key(who) not in own} - pod.container_ids
         others |= {other for other, found in holding.items() if other != key and bound in found}
         if others:
             return Refused(TAKEN, f"{paths} holds {addresses}, and is the network namespace of {sorted(others)[0]}")
+        if machine := _virtual_machine(inhabitants.others.get(bound.id, ())):
+            return Refused(SANDBOXED, machine)
         return Found(os.dup(bound.descriptor), *bound.id, 0)
+
+
+def _virtual_machine(folders: Iterable[str]) -> str:
+    """Why rules in the netns of these processes hold nothing, empty when they do."""
+    for folder in folders:
+        try:
+            comm = processes.read_comm(folder)
+        except OSError:
+            continue  # it ended meanwhile
+        sandbox = sandbox_of(comm, folder)
+        if sandbox is not None and sandbox.keeps_addresses:
+            return sandboxed(sandbox, f"{os.path.basename(folder)} ({comm})")
+    return ""
 
 
 def _holders(bound: _Bound, wanted: Mapping[str, Wanted], seen: _Seen) -> list[str]:

@@ -227,7 +227,7 @@ class NetnsFinder:
             return Found(descriptor, *netns, process.pid)
         for other in group:
             if sandbox := _sandbox_of(other):
-                return Refused(SANDBOXED, _sandboxed(sandbox, other))
+                return Refused(SANDBOXED, sandboxed(sandbox, other))
         here = _listed(one for one in sorted(addresses, key=_order) if not one.is_loopback) or "no address"
         where = f"its processes {_listed(group)} are in a netns (inode {netns[1]})"
         return Refused(WRONG_ADDRESS, f"{where} with {here}, not {_listed(pod.addresses)}")
@@ -245,18 +245,23 @@ def _refuse_virtual_machine(search: _Search, proc_root: str) -> None:
     oldest = min(everything, key=lambda process: (process.start, process.pid))
     sandbox = _sandbox_of(oldest)
     if sandbox is not None and sandbox.keeps_addresses and not _is_in_container(oldest, proc_root):
-        search.refusals.append(Refused(SANDBOXED, _sandboxed(sandbox, oldest)))
+        search.refusals.append(Refused(SANDBOXED, sandboxed(sandbox, oldest)))
         search.by_netns.clear()
 
 
 def _sandbox_of(process: PodProcess) -> Sandbox | None:
+    return sandbox_of(process.comm, process.folder)
+
+
+def sandbox_of(comm: str, folder: str) -> Sandbox | None:
+    """Return the sandbox that the process is part of whose name is `comm` and whose procfs folder is `folder`."""
     command = ""
-    if needs_command(process.comm):
+    if needs_command(comm):
         try:
-            command = next(iter(processes.read_arguments(process.folder)), "")
+            command = next(iter(processes.read_arguments(folder)), "")
         except OSError:
             pass  # it ended meanwhile
-    return sandbox_of_process(process.comm, command)
+    return sandbox_of_process(comm, command)
 
 
 def _is_in_container(process: PodProcess, proc_root: str) -> bool:
@@ -272,7 +277,7 @@ def _explain_absence(search: _Search, seen: Walk, proc_root: str) -> None:
         return
     for process in search.on_host:
         if sandbox := _sandbox_of(process):
-            search.refusals.append(Refused(SANDBOXED, _sandboxed(sandbox, process)))
+            search.refusals.append(Refused(SANDBOXED, sandboxed(sandbox, process)))
             return
     if plain := [process for process in search.on_host if not is_runtime_process(process.comm)]:
         text = f"its processes {_listed(plain)} are in the network namespace of the host or of the agent"
@@ -300,7 +305,8 @@ def _order(address: Address) -> tuple[bool, int, int]:
     return address.is_link_local, address.version, int(address)
 
 
-def _sandboxed(sandbox: Sandbox, process: PodProcess) -> str:
+def sandboxed(sandbox: Sandbox, process: object) -> str:
+    """Say why a pod is refused whose `process` gives its sandbox away."""
     return f"it runs in {sandbox.name} (process {process}), and rules in its netns would not reach its traffic"
 
 

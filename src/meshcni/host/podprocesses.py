@@ -46,10 +46,14 @@ class PodProcess(NamedTuple):
 
 @dataclass(slots=True)
 class Walk:
-    """What one walk saw: pods' processes elsewhere than `on_host` (numbers), sentences about what was passed over."""
+    """What one walk saw: pods' processes elsewhere than `on_host` (numbers), sentences about what was passed over.
+
+    `outside` are those in no pod's cgroup and not on the host's network either: their netns and folder.
+    """
 
     total: int = 0
     in_pods: list[PodProcess] = field(default_factory=list)
+    outside: list[tuple[NetnsId, str]] = field(default_factory=list)
     on_host: list[int] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
 
@@ -86,6 +90,8 @@ class ProcessWalker:
                     seen.on_host.append(pid)
                 elif process := self._identify(pid, place, known.get(pid)):
                     seen.in_pods.append(process)
+                elif place.netns is not None:
+                    seen.outside.append((place.netns, place.folder))
             except processes.GONE:
                 continue  # it has ended, or is a zombie and has left its netns
             except (OSError, ValueError, CgroupError) as error:
