@@ -226,7 +226,8 @@ class Ambient:
     async def add(self, pod: Pod, netns_fd: int, addresses: Addresses, netns_name: str, seconds: float) -> PodRecord:
         """Enrol a pod whose sandbox is being made; returns when rules are in and ztunnel has acknowledged.
 
-        Raises MeshCniError when that does not come about within `seconds`; then nothing of ours stays in the sandbox.
+        Raises MeshCniError when that does not come about within `seconds`; what is in the sandbox by then is taken out
+        right after.
         """
         if self.observation.leaving:
             raise EnrollmentError("ambient mode is being removed from this node", "the conf entry goes next; try again")
