@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 from collections.abc import Callable
@@ -42,10 +43,11 @@ def state_of_this_netns() -> tuple[str, ...]:
 def test_this_kernel_has_everything_and_keeps_nothing(backend: Backend, variant: str) -> None:
     with new_netns() as netns:
         before = call_in_netns(netns, state_of_this_netns)
+        gc.collect()  # what earlier tests left to it may not close in between
         descriptors = len(os.listdir("/proc/self/fd"))
         assert call_in_netns(netns, lambda: lacks(backend, variant, ipv6=True)) == ()
         assert call_in_netns(netns, state_of_this_netns) == before
-        assert len(os.listdir("/proc/self/fd")) == descriptors
+        assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 @pytest.mark.parametrize(("backend", "variant"), WAYS)
