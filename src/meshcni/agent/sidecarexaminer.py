@@ -112,20 +112,22 @@ class SidecarExaminer:
         return refusal
 
     async def _enter(self, record: SidecarRecord, netns: Netns) -> NotHealed | None:
+        def work(wanted: Mending, _choice: VariantChoice | None) -> tuple[Look, Interception]:
+            is_same = record.netns == netns.id and record.parameters == wanted.parameters
+            return self._look(wanted, record.look if is_same else None), wanted.parameters
+
         try:
-            derived = self._healer.assess(record.pod).derived
-            parameters = derived.interception if derived is not None else None
-            known = record.look if record.netns == netns.id and record.parameters == parameters else None
-            outcome = await self._healer.visit(record.pod, netns, lambda wanted, _choice: self._look(wanted, known))
+            outcome = await self._healer.visit(record.pod, netns, work)
             if isinstance(outcome, NotHealed):
                 return outcome
-            await self._judge(record, outcome[1], netns, parameters)
+            seen, parameters = outcome[1]
+            await self._judge(record, seen, netns, parameters)
         finally:
             netns.close()
         record.parameters = parameters
         return None
 
-    async def _judge(self, record: SidecarRecord, seen: Look, netns: Netns, parameters: Interception | None) -> None:
+    async def _judge(self, record: SidecarRecord, seen: Look, netns: Netns, parameters: Interception) -> None:
         if seen.is_captured and not record.is_drift(seen, netns.id, parameters):
             self._captured(record, seen, netns.id)
         elif record.is_edited(seen, netns.id):
