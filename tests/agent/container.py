@@ -38,7 +38,7 @@ mount --make-rprivate /
 exec 9< "$checkout"
 mount -t tmpfs -o mode=755 tmpfs "$closed"
 mkdir -p "$checkout"
-mount --rbind /proc/self/fd/9 "$checkout"
+mount -c --rbind /proc/self/fd/9 "$checkout"  # -c: taken as it is, not as the path that it was opened by
 exec 9<&-
 exec "$@"
 """
