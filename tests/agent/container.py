@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lab.checkout import opened_checkout
 from tests.agent.scene import Scene
 
 CHART = ("dac_override", "net_admin", "net_raw", "sys_ptrace", "sys_admin")
@@ -30,20 +31,6 @@ exec chroot "$base/root" "$@"
 """
 
 
-# A mount namespace in which the checkout is below directories that everybody may search.
-OPENED = """
-set -e
-checkout=$1 closed=$2; shift 2
-mount --make-rprivate /
-exec 9< "$checkout"
-mount -t tmpfs -o mode=755 tmpfs "$closed"
-mkdir -p "$checkout"
-mount -c --rbind /proc/self/fd/9 "$checkout"  # -c: taken as it is, not as the path that it was opened by
-exec 9<&-
-exec "$@"
-"""
-
-
 def user(uid: int, capabilities: Sequence[str] = CHART) -> tuple[str, ...]:
     """A command's prefix: run it as that user with exactly these capabilities, as ambient ones when not root."""
     sets = "".join(f",+{name}" for name in capabilities)
@@ -52,12 +39,6 @@ def user(uid: int, capabilities: Sequence[str] = CHART) -> tuple[str, ...]:
         return (*prefix, "--inh-caps=-all")
     opened = () if "dac_override" in capabilities else opened_checkout()
     return (*opened, *prefix, f"--inh-caps=-all{sets}", f"--ambient-caps=-all{sets}")
-
-
-def opened_checkout() -> tuple[str, ...]:
-    """A command's prefix: others than root may get to this checkout then. Root's home, for one, is closed to them."""
-    closed = next((str(path) for path in reversed(ROOT.parents) if not path.stat().st_mode & 0o001), "")
-    return ("unshare", "--mount", "sh", "-c", OPENED, "sh", str(ROOT), closed) if closed else ()
 
 
 def run_as(scene: Scene, prefix: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import pytest
 from image.lockfile import Lock, package_key, render
 from image.model import ImageError
 from image.toolchain import Job, Toolchain
+from lab.checkout import opened_checkout
 from tests.image import nativeroot
 from tests.image.nativeroot import CACHE, ROOT, open_folder
 
@@ -181,7 +182,7 @@ def test_any_user_can_use_it(cache: Path) -> None:
     for folder, names, files in os.walk(cache):
         for name in (".", *names, *files):
             os.chown(os.path.join(folder, name), 65534, 65534, follow_symlinks=False)
-    done = script(cache, "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
+    done = script(cache, *opened_checkout(), "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
     assert (done.stdout, done.stderr) == (b"words", b"")
     assert (Toolchain(small_lock(), cache).root / "usr/bin/env").stat().st_uid == 65534
 
@@ -205,5 +206,6 @@ def test_who_can_do_neither_is_told_so(cache: Path) -> None:
     (fakes / "unshare").write_text("#!/bin/sh\necho not permitted >&2; exit 1\n")
     (fakes / "unshare").chmod(0o755)
     shutil.chown(cache, 65534)
-    done = script(cache, "env", f"PATH={fakes}:/usr/bin:/bin", "setpriv", "--reuid", "65534", "--clear-groups")
+    user = ("setpriv", "--reuid", "65534", "--clear-groups")
+    done = script(cache, *opened_checkout(), "env", f"PATH={fakes}:/usr/bin:/bin", *user)
     assert b"cannot be entered: `unshare --user --map-root-user chroot`: not permitted" in done.stderr
