@@ -141,6 +141,8 @@ class Chaos:
         if action != "ztunnel":
             self.mesh.agent.start(wait=False)
         if action != "agent":
+            # A busy client notices late, and its connection seems to be up until then.
+            wait_until("the end of the connection is noticed", lambda: len(self.held.breaks) > known, RECOVERY_SECONDS)
             self.recover()
             return
         if self.chance.random() < 0.3:
