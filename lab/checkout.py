@@ -20,6 +20,6 @@ exec "$@"
 
 
 def opened_checkout() -> tuple[str, ...]:
-    """Return a command's prefix, with which others may get to this checkout. Root's home, for one, is closed to them."""
+    """Return a command's prefix, by which others get to this checkout. Root's home, for one, is closed to them."""
     closed = next((str(path) for path in reversed(ROOT.parents) if not path.stat().st_mode & 0o001), "")
     return ("unshare", "--mount", "sh", "-c", OPENED, "sh", str(ROOT), closed) if closed else ()
