@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from lab.apiserver import ApiServer
@@ -203,6 +203,29 @@ def test_a_broken_pod_is_deleted_as_it_was_seen(tmp_path: Path, caplog: pytest.L
     run(tmp_path, scenario)
     (told,) = [one for one in caplog.records if "broken pod: deleted" in one.getMessage()]
     assert "init container istio-validation last ended with status 126" in str(vars(told))
+
+
+def test_a_deletion_is_told_of_though_the_watch_is_faster_than_the_answer(tmp_path: Path) -> None:
+    class LateAnswers:
+        """The API server on a busy day: what it did is seen by everybody before it answers who asked."""
+
+        def __init__(self, world: World) -> None:
+            self.world, self.server = world, world.api
+
+        async def delete_pod(self, *pod: str) -> None:
+            await self.server.delete_pod(*pod)
+            await until(lambda: not self.world.repairer.cases)
+            await turns()
+
+    async def scenario(world: World) -> None:
+        world.api = cast("KubeApi", LateAnswers(world))
+        world.add()
+        world.begin(delete=True)
+        await until(lambda: world.told)
+        assert world.told == [("Warning", "DeleteBrokenPod", "pod detected as broken, deleted")]
+        assert world.counted("delete", "success") == 1
+
+    run(tmp_path, scenario)
 
 
 def test_a_newer_version_of_the_pod_is_looked_at_before_it_is_deleted(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Upstream: cni/pkg/repair/repaircontroller.go, whose Events and metric labels are
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -133,6 +134,7 @@ class Repairs:
         self._events = events
         self._metrics = metrics
         self._deletions = Allowance(DELETE_BURST, DELETE_SECONDS, clock)
+        self._under_way: set[asyncio.Future[Outcome]] = set()
         self._work: dict[Action, Callable[[Case, str], Awaitable[Outcome]]] = {
             Action.PROGRAM: self._program,
             Action.DELETE: self._delete,
@@ -196,12 +198,20 @@ class Repairs:
     # --- delete and label ---------------------------------------------------------------------------------------------
 
     async def _delete(self, case: Case, reason: str) -> Outcome:
-        pod = case.pod
         wait = self._deletions.take()
         if wait:
             said = f"not deleted yet: {DELETE_BURST:.0f} pods were deleted within a moment"
             self._log(logging.WARNING, case, said, seconds=round(wait))
             return Outcome(Next.TURN, said, wait)
+        # The watch may tell of the deletion before the answer comes, which ends this treatment; people are told of it
+        # all the same.
+        deletion = asyncio.ensure_future(self._delete_and_tell(case, reason))
+        self._under_way.add(deletion)
+        deletion.add_done_callback(self._under_way.discard)
+        return await asyncio.shield(deletion)
+
+    async def _delete_and_tell(self, case: Case, reason: str) -> Outcome:
+        pod = case.pod
         try:
             await self._api.delete_pod(pod.namespace, pod.name, pod.uid, pod.resource_version)
         except KubeError as error:
