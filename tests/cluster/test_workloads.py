@@ -43,6 +43,7 @@ HTTP_PORT, TCP_PORT = 7001, 7002
 PROBES = 5  # that have to succeed in each situation
 SECOND_PORT = 8081
 FAR = "n2"
+CUT = "Connection reset by peer"
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +280,10 @@ def test_pod_of_stateful_set_returns_under_its_name(cluster: Cluster, release: R
 
 
 def test_namespace_is_labelled_and_unlabelled(cluster: Cluster, release: Release) -> None:
-    """With pods running: all get in, then all out, none restarts, and who calls one of them notices nothing."""
+    """With pods running: all get in, then all out, none restarts, and who calls one of them notices nothing.
+
+    But for the one connection that is with ztunnel in the moment in which the pod leaves it: ztunnel cuts that.
+    """
     crowd, outside = release.add_namespace("crowd"), release.add_namespace("outside")
     cluster.apply([workloads.plain_pod(crowd, f"pod-{n}", readiness=False) for n in range(RUNNING)])
     before = cluster.wait_ready(crowd, count=RUNNING, timeout_seconds=BUSY_SECONDS)
@@ -307,7 +311,9 @@ def test_namespace_is_labelled_and_unlabelled(cluster: Cluster, release: Release
     assert [restarts(pod) for pod in after] == [0] * RUNNING
     wait_forgotten(cluster, *before)
     for name in callers:
-        assert set(cluster.log(outside, name).split("\n")[:-1]) == {"ok"}
+        answers = cluster.log(outside, name).split("\n")[:-1]
+        assert "ok" in answers
+        assert [answer for answer in answers if answer != "ok"] in ([], [CUT])
 
 
 def is_out(pod: Mapping[str, Any]) -> bool:
