@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from errno import ENOPROTOOPT
 from typing import TypeVar
 
@@ -37,22 +37,13 @@ class _Program(ctypes.Structure):
 
 def without_ip6tables(function: Callable[[], T]) -> T:
     """Run `function` where ip6_tables is missing, on a thread that ends with it; return or raise what it does."""
-    outcome: list[T] = []
-    failure: list[BaseException] = []
 
-    def work() -> None:
-        try:
-            _filter_this_thread()
-            outcome.append(function())
-        except BaseException as error:
-            failure.append(error)
+    def work() -> T:
+        _filter_this_thread()
+        return function()
 
-    thread = threading.Thread(target=work, name="without-ip6")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+    with ThreadPoolExecutor(1, "without-ip6") as thread:
+        return thread.submit(work).result()
 
 
 def _filter_this_thread() -> None:

@@ -113,7 +113,7 @@ class Repairer:
             watched.moved.set()
 
     async def run(self) -> None:
-        """Until cancelled; then every treatment under way is given up."""
+        """Until cancelled; then every treatment under way is given up, but for a deletion that was asked for."""
         self._say_mode()
         self._running = True
         watching = asyncio.ensure_future(self._watch()) if self._watch is not None else None

@@ -202,7 +202,7 @@ async def review(
     rights: Sequence[Right],
     namespace: str,
     refused_lists: frozenset[str],
-    answers: Answers | None = None,
+    answers: Answers,
 ) -> Review:
     """Ask for each right that `answers` does not tell of, and put what is said there. Raises nothing of the API's.
 
@@ -210,7 +210,6 @@ async def review(
     itself is refused, which every authenticated account may ask unless an administrator has taken that away.
     `namespace` is the agent's, for what is asked for there alone.
     """
-    answers = answers or Answers()
     said = answers.fresh()
     try:
         async with asyncio.timeout(REVIEW_SECONDS):
